@@ -1,0 +1,39 @@
+"""Everything Mien raises on purpose.
+
+One small hierarchy, mapped once to HTTP and gRPC by the serving package and to exit codes by the CLI. Messages say
+what was wrong, what was expected and what to do; they never contain a password, a code or pixels.
+"""
+
+from __future__ import annotations
+
+
+class MienError(Exception):
+    """Base of every error a caller can act on."""
+
+
+class InvalidImage(MienError):
+    """The bytes are not a picture Mien can read, or it is broken, animated or of an impossible size."""
+
+
+class ImageTooLarge(InvalidImage):
+    """The picture's header announces more pixels than the limit; nothing was decoded."""
+
+
+class NoFaceFound(MienError):
+    """The picture is sound, and no face was found in it."""
+
+
+class TooManyFaces(MienError):
+    """More faces were found than the limit allows."""
+
+
+class InvalidPassword(MienError):
+    """The password is empty or longer than the limit, or a raw code is malformed."""
+
+
+class ModelError(MienError):
+    """The model folder is missing, incomplete or of a format this version does not know."""
+
+
+class ModelIntegrityError(ModelError):
+    """The weights do not have the digest their config names: a broken download or a swapped file."""
