@@ -1,1 +1,1 @@
-
+"""Learns a transformer: shards -> objective -> loop -> checkpoints -> an exported model folder."""

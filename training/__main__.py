@@ -1,0 +1,47 @@
+"""``python -m training --config training/configs/NAME.yaml [key=value ...]``; see ``--help``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+
+from training.config import load
+
+
+def main() -> int:
+    """Exit codes: 0 finished, 1 the config or the data is wrong, 143 interrupted and saved (Kubernetes retries)."""
+    parser = argparse.ArgumentParser(
+        prog="training", description="Train a transformer; goes on from the last checkpoint where the run exists."
+    )
+    parser.add_argument("--config", required=True, help="YAML or JSON file")
+    parser.add_argument("--dry-run", action="store_true", help="print the whole config and what would run, and stop")
+    parser.add_argument("--stop-at", type=int, help="save and stop once so many images are seen")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optimizer.lr=2e-4")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    try:
+        config = load(arguments.config, arguments.overrides)
+    except ValueError as error:
+        parser.error(str(error))
+    if arguments.dry_run:
+        sys.stdout.write(config.model_dump_json(indent=2) + "\n")
+        return 0
+    from mien.errors import MienError
+    from training.data import ShardError
+    from training.loop import train
+
+    try:
+        outcome = train(config, stop_at=arguments.stop_at)
+    except (MienError, ShardError, ValueError) as error:
+        sys.stderr.write(f"training: {error}\n")
+        return 1
+    if outcome.model is not None:
+        sys.stdout.write(f"{outcome.model}\n")
+        return 0
+    sys.stdout.write(f"{config.runs}/{config.name} stopped at {outcome.nimg} images\n")
+    return 0 if arguments.stop_at is not None and outcome.nimg >= arguments.stop_at else 143
+
+
+if __name__ == "__main__":
+    sys.exit(main())
