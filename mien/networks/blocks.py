@@ -55,15 +55,19 @@ class ModulatedResidual(nn.Module):
         return x + h
 
 
+def head_radius(x: Tensor, y: Tensor) -> Tensor:
+    """1 on a superellipse around the head of :data:`mien.geometry.MIEN_128`, less inside; x, y in crop sides [0, 1]."""
+    return (((x - 0.5) / 0.46).abs() ** 3 + ((y - 0.52) / 0.46).abs() ** 3) ** (1 / 3)
+
+
 def head_mask(size: int) -> Tensor:
     """Where a network that edits in place may change pixels: 1 over the head, smoothly 0 towards the crop's border.
 
-    Float ``[1, 1, size, size]`` in [0, 1]. A superellipse around the head of :data:`mien.geometry.MIEN_128`, exactly 0
-    in the outer ring, so that a transformed crop meets the picture around it without a seam.
+    Float ``[1, 1, size, size]`` in [0, 1], falling to 0 where :func:`head_radius` reaches 1 and exactly 0 in the outer
+    ring, so that a transformed crop meets the picture around it without a seam.
     """
     position = (torch.arange(size, dtype=torch.float64) + 0.5) / size
     y, x = torch.meshgrid(position, position, indexing="ij")
-    radius = ((((x - 0.5) / 0.46).abs()) ** 3 + (((y - 0.52) / 0.46).abs()) ** 3) ** (1 / 3)
-    ramp = ((1.0 - radius) / 0.25).clamp(0, 1)
+    ramp = ((1.0 - head_radius(x, y)) / 0.25).clamp(0, 1)
     smooth = ramp * ramp * (3 - 2 * ramp)
     return smooth.to(torch.float32)[None, None]
