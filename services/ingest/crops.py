@@ -1,0 +1,186 @@
+"""One photo to one aligned square crop, or to the reason why not."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from mien import geometry
+from mien.errors import InvalidImage
+from mien.geometry import Matrix, Points
+from services.ingest.sources import EXTENSIONS, Landmarks, Photo
+
+# 4:4:4 (no chroma subsampling) at quality 95: the shards are what training calls real, and halved colour resolution or
+# blocks would be learned as part of faces. Both cost about 14 kB a crop, a third of a PNG.
+_JPEG: dict[str, Any] = {"quality": 95, "subsampling": 0, "optimize": True}
+
+
+class Reason(StrEnum):
+    """Why a file did not become a sample."""
+
+    NOT_A_PICTURE = "not a picture"
+    BROKEN = "broken picture"
+    NO_IDENTITY = "in no person's folder"
+    NO_LANDMARKS = "no landmarks"
+    NO_FACE = "no face found"
+    TOO_SMALL = "face too small"
+    LANDMARKS_OFF = "landmarks off"
+    OUTSIDE = "mostly outside the picture"
+    DUPLICATE = "duplicate"
+    LIKE_TEST_SET = "matches the test set"
+    MISSING = "landmarks without a picture"
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A file that cannot be used."""
+
+    source: str
+    file: str
+    reason: Reason
+    detail: str
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A sample in the making."""
+
+    photo: Photo
+    digest: str  # sha256 of the photo's bytes
+    image: bytes  # encoded square
+    landmarks: Points  # float [5, 2], pixels of the crop
+    inside: float  # part of the crop that the photo covers; the rest is its mirror image
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a usable face is; see :class:`services.ingest.config.IngestConfig`."""
+
+    size: int
+    image: str
+    min_eyes: float
+    max_residual: float
+    min_inside: float
+
+
+class Finder(Protocol):
+    """Finds the five landmarks of the face a photo is of."""
+
+    def __call__(self, pixels: NDArray[np.uint8]) -> Points | None:
+        """Pixels uint8 ``[H, W, 3]`` to float ``[5, 2]``, or None where there is no face."""
+
+
+class DetectedFace:
+    """The face a photo is most likely of, by MTCNN: largest after taking off its distance from the middle.
+
+    That is the largest box side (root of the area) minus the distance of the box's centre from the picture's: in a
+    portrait with bystanders the portrayed person, as in LFW, whose photos are centred on theirs.
+    """
+
+    def __init__(self) -> None:
+        # Imported here: it brings torchvision, and a landmarks file makes it unnecessary.
+        from mien.detection import MTCNNDetector
+
+        self._detector = MTCNNDetector()
+
+    def __call__(self, pixels: NDArray[np.uint8]) -> Points | None:
+        centre = (np.array(pixels.shape[1::-1]) - 1) / 2
+
+        def score(box: NDArray[np.float64]) -> float:
+            side = float(np.sqrt(max(0.0, (box[2] - box[0]) * (box[3] - box[1]))))
+            return side - float(np.linalg.norm((box[:2] + box[2:]) / 2 - centre))
+
+        faces = self._detector.detect(pixels)
+        return max(faces, key=lambda face: score(np.asarray(face.box))).landmarks if faces else None
+
+
+def crop(photo: Photo, landmarks: Landmarks | None, find: Finder | None, limits: Limits) -> Crop | Rejection:
+    """Turn one photo into a crop.
+
+    Args:
+        photo: where it lies.
+        landmarks: those of the landmarks file; ignored where ``find`` is given.
+        find: finds landmarks, or None where a landmarks file was given.
+        limits: what is usable.
+    """
+
+    def reject(reason: Reason, detail: str) -> Rejection:
+        return Rejection(photo.source, photo.name, reason, detail)
+
+    if not photo.regular or not photo.name.lower().endswith(tuple(EXTENSIONS)):
+        return reject(Reason.NOT_A_PICTURE, "a link or another special file" if not photo.regular else "by its name")
+    if find is None and landmarks is None:
+        return reject(Reason.NO_LANDMARKS, "the landmarks file has none for it")
+    try:
+        data = photo.read()
+        pixels = decode(data)
+    except (OSError, InvalidImage) as error:
+        return reject(Reason.BROKEN, str(error))
+    height, width = pixels.shape[:2]
+    if landmarks is not None and landmarks.size not in (None, (width, height)):
+        return reject(Reason.LANDMARKS_OFF, f"found in a picture of {landmarks.size}, this one is {(width, height)}")
+    points = find(pixels) if find is not None else landmarks.points if landmarks is not None else None
+    if points is None:
+        return reject(Reason.NO_FACE, "the detector found none")
+    eyes = float(np.linalg.norm(points[1] - points[0]))
+    if eyes < limits.min_eyes:
+        return reject(Reason.TOO_SMALL, f"{eyes:.1f} px between the eyes, of {limits.min_eyes:g} wanted")
+    matrix = geometry.crop_transform(points, limits.size)
+    placed = geometry.apply(matrix, points)
+    residual = float(np.sqrt(((placed - geometry.template(limits.size)) ** 2).sum(axis=1).mean()))
+    residual *= geometry.CROP_SIZE / limits.size
+    if residual > limits.max_residual:
+        return reject(Reason.LANDMARKS_OFF, f"{residual:.1f} px from the template, {limits.max_residual:g} allowed")
+    inside = part_inside(matrix, limits.size, width, height)
+    if inside < limits.min_inside:
+        return reject(Reason.OUTSIDE, f"{inside:.2f} of the crop is inside, of {limits.min_inside:g} wanted")
+    image = encode(cut(pixels, matrix, limits.size), limits.image)
+    return Crop(photo, hashlib.sha256(data).hexdigest(), image, placed, inside)
+
+
+def decode(data: bytes) -> NDArray[np.uint8]:
+    """Any picture Pillow reads to uint8 ``[H, W, 3]``, turned upright; raises InvalidImage."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data)) as image:
+                return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except Exception as error:  # Pillow raises nearly anything on broken files
+        raise InvalidImage(f"cannot be decoded: {error}") from error
+
+
+def cut(pixels: NDArray[np.uint8], matrix: Matrix, size: int) -> NDArray[np.uint8]:
+    """The aligned square, uint8 ``[S, S, 3]``, exactly as the library cuts a face out of a picture."""
+    import torch
+
+    from mien.compositing import extract
+
+    with torch.inference_mode():
+        face = extract(pixels, matrix[None], size)[0]
+        return ((face + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+def part_inside(matrix: Matrix, size: int, width: int, height: int) -> float:
+    """Part of a crop's pixels whose centres lie in the picture, in [0, 1]."""
+    grid = np.stack(np.meshgrid(np.arange(size), np.arange(size)), axis=-1).astype(np.float64)
+    at = geometry.apply(geometry.invert(matrix), grid)
+    there = (at >= -0.5) & (at <= np.array([width, height]) - 0.5)
+    return float(there.all(axis=-1).mean())
+
+
+def encode(pixels: NDArray[np.uint8], image: str) -> bytes:
+    """A crop as the bytes of a ``jpg`` or ``png`` file."""
+    buffer = io.BytesIO()
+    if image == "png":
+        Image.fromarray(pixels).save(buffer, "PNG", optimize=True)
+    else:
+        Image.fromarray(pixels).save(buffer, "JPEG", **_JPEG)
+    return buffer.getvalue()
