@@ -114,7 +114,7 @@ class MTCNNDetector:
                 landmarks=(landmarks + 0.5) * stretch - 0.5,
             )
             for box, confidence, landmarks in self._run(small)
-            if confidence >= self.min_confidence and plausible(landmarks, box)
+            if confidence >= self.min_confidence and plausible(landmarks, box, (small.shape[0], small.shape[1]))
         ]
         if len(faces) > self.max_faces:
             raise TooManyFaces(f"The picture shows {len(faces)} faces; at most {self.max_faces} are accepted.")
@@ -135,8 +135,8 @@ class MTCNNDetector:
         ]
 
 
-def plausible(landmarks: NDArray[np.float64], box: NDArray[np.float64]) -> bool:
-    """Whether five landmarks can be those of the face in the box.
+def plausible(landmarks: NDArray[np.float64], box: NDArray[np.float64], picture: tuple[int, int]) -> bool:
+    """Whether five landmarks can be those of the face in the box, and that face is in the picture (height, width).
 
     MTCNN's third stage regresses landmarks for false alarms too: all in one spot, mirrored, or far off.
     """
@@ -154,9 +154,11 @@ def plausible(landmarks: NDArray[np.float64], box: NDArray[np.float64]) -> bool:
     if not 0.25 < side * scale / 80 < 4:
         return False
     off = np.linalg.norm(geometry.apply(matrix, landmarks) - geometry.template(), axis=1)
-    centre = geometry.apply(geometry.invert(matrix), np.array([63.5, 75.5]))
-    inside = (centre > box[:2] - 0.5 * side).all() and (centre < box[2:] + 0.5 * side).all()
-    return bool(off.max() < 32 and inside)
+    # The middle of the head must be in or near the box, and most of the head in the picture.
+    centre = geometry.apply(geometry.invert(matrix), np.array([63.5, 63.5]))
+    in_box = (centre > box[:2] - 0.5 * side).all() and (centre < box[2:] + 0.5 * side).all()
+    in_picture = (centre > -0.4 * side).all() and (centre < np.array(picture[::-1]) + 0.4 * side).all()
+    return bool(off.max() < 32 and in_box and in_picture)
 
 
 def _area(box: NDArray[np.float64]) -> float:

@@ -37,3 +37,11 @@ class ModelError(MienError):
 
 class ModelIntegrityError(ModelError):
     """The weights do not have the digest their config names: a broken download or a swapped file."""
+
+
+class NoSuchFace(MienError):
+    """A face was asked for by an index the picture does not have."""
+
+
+class WrongModel(MienError):
+    """The picture says that another model than the loaded one changed its faces."""
