@@ -1,0 +1,561 @@
+// The page of the service. It talks to its own origin only, keeps everything in this tab's memory, and lets go of what
+// it no longer shows.
+
+const NAMES = {
+  original: "Original",
+  anonymized: "Anonymized",
+  recovered: "Recovered",
+  wrong: "Wrong password",
+};
+const KINDS = Object.keys(NAMES);
+const EXTENSIONS = { "image/png": "png", "image/jpeg": "jpg", "image/webp": "webp" };
+
+const $ = (id) => document.getElementById(id);
+
+const state = {
+  mode: "anonymize",
+  /** kind -> { blob, url, name, width, height } */
+  pictures: new Map(),
+  /** faces of the picture that was given: [{ box: [x0, y0, x1, y1], changed: boolean }] */
+  faces: [],
+  left: null,
+  right: null,
+  zoom: -1,
+  busy: null,
+  limits: null,
+  /** Counts up with every picture that is chosen, so that an answer about an older one is dropped. */
+  generation: 0,
+};
+
+// -- talking to the service ---------------------------------------------------------------------------------------
+
+class Refused extends Error {
+  constructor(title, detail) {
+    super(detail);
+    this.title = title;
+  }
+}
+
+/** POST a form; answers the Response, or throws Refused with something a person can read. */
+async function post(path, form, signal) {
+  for (let attempt = 1; ; attempt++) {
+    let response;
+    try {
+      response = await fetch(path, { method: "POST", body: form, signal, cache: "no-store" });
+    } catch (error) {
+      if (error.name === "AbortError") throw error;
+      throw new Refused("The service cannot be reached", "Check the connection and try again.");
+    }
+    if (response.ok) return response;
+    const wait = Number(response.headers.get("Retry-After"));
+    if ((response.status === 429 || response.status === 503) && wait && attempt < 4) {
+      await pause(wait * 1000, signal);
+      continue;
+    }
+    const problem = await response.json().catch(() => ({}));
+    throw new Refused(
+      problem.title ?? "That did not work",
+      problem.detail ?? `The service answered with status ${response.status}.`,
+    );
+  }
+}
+
+function pause(milliseconds, signal) {
+  return new Promise((resolve, reject) => {
+    const timer = setTimeout(resolve, milliseconds);
+    signal?.addEventListener("abort", () => {
+      clearTimeout(timer);
+      reject(new DOMException("aborted", "AbortError"));
+    });
+  });
+}
+
+async function describeService() {
+  try {
+    const response = await fetch("v1/model", { cache: "no-store" });
+    if (response.ok) {
+      const model = await response.json();
+      state.limits = model.limits;
+      $("service").dataset.state = "ready";
+      $("service-text").textContent = "Ready";
+      $("model").textContent = ` · model ${model.digest.slice(0, 12)} · version ${model.version}`;
+      return;
+    }
+    $("service").dataset.state = "";
+    $("service-text").textContent = "Starting…";
+  } catch {
+    $("service").dataset.state = "down";
+    $("service-text").textContent = "Not reachable";
+  }
+  setTimeout(describeService, 2000);
+}
+
+// -- pictures -----------------------------------------------------------------------------------------------------
+
+async function keep(kind, blob, name) {
+  forget(kind);
+  const url = URL.createObjectURL(blob);
+  const picture = { blob, url, name, width: 0, height: 0 };
+  state.pictures.set(kind, picture);
+  const image = new Image();
+  image.src = url;
+  try {
+    await image.decode();
+    picture.width = image.naturalWidth;
+    picture.height = image.naturalHeight;
+  } catch {
+    // The browser cannot show it; the service may still read it, or says why not.
+  }
+  return picture;
+}
+
+function forget(kind) {
+  const picture = state.pictures.get(kind);
+  if (picture) URL.revokeObjectURL(picture.url);
+  state.pictures.delete(kind);
+}
+
+function forgetAll() {
+  KINDS.forEach(forget);
+  state.faces = [];
+  state.left = state.right = null;
+  state.zoom = -1;
+}
+
+const given = () => (state.mode === "anonymize" ? "original" : "anonymized");
+
+async function choose(file) {
+  const generation = ++state.generation;
+  state.busy?.abort();
+  clearAlert();
+  if (state.limits && file.size > state.limits.body_bytes - 16384) {
+    const megabytes = Math.floor(state.limits.body_bytes / 1e6);
+    return showAlert(new Refused("The file is too large", `It may have at most ${megabytes} MB.`));
+  }
+  forgetAll();
+  $("outcome").textContent = "";
+  const stem = file.name.replace(/(\.(anonymized|recovered))?\.[^.]*$/, "") || "picture";
+  const picture = await keep(given(), file, stem);
+  if (generation !== state.generation) return;
+  state.left = given();
+  if (!picture.width) {
+    forgetAll();
+    render();
+    return showAlert(new Refused("The picture cannot be shown", "Choose a JPEG, PNG or WebP file."));
+  }
+  $("file-fact").textContent = `${file.name} – ${picture.width} × ${picture.height}, ${size(file.size)}`;
+  $("password").disabled = false;
+  render();
+  await findFaces(generation);
+}
+
+async function findFaces(generation) {
+  const form = new FormData();
+  form.append("image", state.pictures.get(given()).blob, "picture");
+  $("faces-fact").hidden = false;
+  $("faces-fact").textContent = "Looking for faces…";
+  try {
+    const response = await post("v1/detect", form);
+    const { faces } = await response.json();
+    if (generation !== state.generation) return;
+    state.faces = faces.map((face) => ({ box: face.box, changed: true }));
+    if (!faces.length) {
+      $("faces-fact").textContent = "No face was found in this picture.";
+    } else {
+      describeChoice();
+    }
+  } catch (error) {
+    if (generation !== state.generation) return;
+    $("faces-fact").hidden = true;
+    showAlert(error);
+  }
+  render();
+}
+
+function describeChoice() {
+  const total = state.faces.length;
+  const changed = state.faces.filter((face) => face.changed).length;
+  const found = total === 1 ? "1 face found" : `${total} faces found`;
+  let what = "";
+  if (state.mode === "anonymize" && !state.pictures.has("anonymized")) {
+    if (total > 1) what = changed === total ? ". Press one in the picture to leave it as it is." : `, ${changed} will be changed.`;
+    else what = changed ? "." : ", and it will be left as it is.";
+  } else {
+    what = ".";
+  }
+  $("faces-fact").textContent = found + what;
+}
+
+function size(bytes) {
+  return bytes < 1e6 ? `${Math.max(1, Math.round(bytes / 1e3))} kB` : `${(bytes / 1e6).toFixed(1)} MB`;
+}
+
+// -- the three verbs ----------------------------------------------------------------------------------------------
+
+async function edit(path, kind, source, password, button, message) {
+  if (state.busy) return;
+  clearAlert();
+  const generation = state.generation;
+  const control = new AbortController();
+  state.busy = control;
+  busy(button, message);
+  const began = performance.now();
+  try {
+    const form = new FormData();
+    form.append("image", source.blob, "picture");
+    form.append("password", password);
+    if (kind === "anonymized") {
+      form.append("format", $("format").value);
+      form.append("keep_metadata", $("keep-metadata").checked ? "true" : "false");
+      const chosen = state.faces.flatMap((face, index) => (face.changed ? [index] : []));
+      if (chosen.length && chosen.length < state.faces.length) form.append("faces", chosen.join(","));
+    }
+    const response = await post(path, form, control.signal);
+    const blob = await response.blob();
+    if (generation !== state.generation) return;
+    await keep(kind, blob, source.name);
+    const faces = Number(response.headers.get("X-Mien-Faces"));
+    const seconds = ((performance.now() - began) / 1000).toFixed(1);
+    const many = faces === 1 ? "1 face" : `${faces} faces`;
+    const done = { anonymized: "changed", recovered: "given back with this password", wrong: "changed by another password" };
+    $("outcome").textContent = `${many} ${done[kind]} in ${seconds} s.`;
+    if (kind === "anonymized") {
+      forget("recovered");
+      forget("wrong");
+      state.left = "original";
+    } else {
+      state.left = state.pictures.has("original") ? "original" : "anonymized";
+    }
+    state.right = kind;
+    $("split").value = 50;
+  } catch (error) {
+    if (error.name !== "AbortError") showAlert(error);
+  } finally {
+    state.busy = null;
+    busy(button, null);
+    render();
+    if (generation === state.generation && state.right === kind && matchMedia("(max-width: 820px)").matches) {
+      $("view").scrollIntoView({ block: "start", behavior: "smooth" });
+    }
+  }
+}
+
+function busy(button, message) {
+  $("veil").hidden = !message;
+  $("veil-text").textContent = message ?? "";
+  $("compare").setAttribute("aria-busy", String(Boolean(message)));
+  for (const id of ["anonymize", "recover", "wrong"]) $(id).disabled = Boolean(message);
+  button.querySelector(".label").dataset.idle ??= button.querySelector(".label").textContent;
+  button.querySelector(".label").textContent = message ?? button.querySelector(".label").dataset.idle;
+}
+
+function needPassword(input) {
+  if (input.value) return input.value;
+  showAlert(new Refused("The password is empty", "Type at least one character."));
+  input.focus();
+  return null;
+}
+
+// -- showing ------------------------------------------------------------------------------------------------------
+
+function showAlert(error) {
+  const title = document.createElement("strong");
+  title.textContent = error.title ?? "That did not work";
+  $("alert").replaceChildren(title, document.createTextNode(error.title ? error.message : ""));
+  $("alert").hidden = false;
+  if (!(error instanceof Refused)) throw error;
+}
+
+function clearAlert() {
+  $("alert").hidden = true;
+  $("alert").replaceChildren();
+}
+
+function render() {
+  const anonymizing = state.mode === "anonymize";
+  const source = state.pictures.get(given());
+  $("title-photo-text").textContent = anonymizing ? "Photo" : "Anonymized picture";
+  $("drop").classList.toggle("filled", Boolean(source));
+  $("drop-title").textContent = source ? "Choose another" : anonymizing ? "Choose a photo" : "Choose an anonymized picture";
+  $("empty-text").textContent = anonymizing
+    ? "Your photo will appear here, beside its anonymized twin."
+    : "A picture that Mien anonymized will appear here, beside the one it was made from.";
+  $("file-fact").hidden = !source;
+  if (!source) {
+    $("faces-fact").hidden = true;
+    $("outcome").textContent = "";
+  }
+  $("card-anonymize").hidden = !anonymizing;
+  $("card-recover").hidden = !state.pictures.has("anonymized");
+  $("number-recover").textContent = anonymizing ? "3" : "2";
+  $("password").disabled = !source;
+  const someone = state.faces.some((face) => face.changed);
+  $("anonymize").disabled = Boolean(state.busy) || !source || (state.faces.length > 0 && !someone);
+  $("empty").hidden = Boolean(source);
+  $("view").hidden = !source;
+  if (!source) return;
+  renderChoices();
+  renderCompare();
+  renderBoxes();
+  renderTiles();
+}
+
+function renderChoices() {
+  const kinds = KINDS.filter((kind) => state.pictures.has(kind));
+  const several = kinds.length > 1;
+  for (const side of ["left", "right"]) {
+    const options = kinds.map((kind) => new Option(NAMES[kind], kind, false, state[side] === kind));
+    $(side).replaceChildren(...options);
+    $(side).parentElement.hidden = !several;
+  }
+  const zooms = [new Option("Whole picture", -1, false, state.zoom === -1)];
+  state.faces.forEach((_, index) => zooms.push(new Option(`Face ${index + 1}`, index, false, state.zoom === index)));
+  $("zoom").replaceChildren(...zooms);
+  $("choice-zoom").hidden = !several || !state.faces.length;
+}
+
+/** The part of a picture that is looked at, in pixels: everything, or a square around a face. */
+function region(picture) {
+  const face = state.faces[state.zoom];
+  if (!face) return { x: 0, y: 0, width: picture.width, height: picture.height };
+  return around(face.box, picture, 2);
+}
+
+function around([x0, y0, x1, y1], picture, factor) {
+  const side = Math.min(Math.max(x1 - x0, y1 - y0) * factor, picture.width, picture.height);
+  const clamp = (value, high) => Math.min(Math.max(value, 0), high);
+  return {
+    x: clamp((x0 + x1 - side) / 2, picture.width - side),
+    y: clamp((y0 + y1 - side) / 2, picture.height - side),
+    width: side,
+    height: side,
+  };
+}
+
+function place(image, picture, part) {
+  image.style.left = `${(-part.x / part.width) * 100}%`;
+  image.style.top = `${(-part.y / part.height) * 100}%`;
+  image.style.width = `${(picture.width / part.width) * 100}%`;
+  image.style.height = `${(picture.height / part.height) * 100}%`;
+}
+
+function renderCompare() {
+  const left = state.pictures.get(state.left);
+  const right = state.pictures.get(state.right);
+  const part = region(left);
+  $("compare").style.setProperty("--ratio", String(part.width / part.height));
+  $("compare").classList.toggle("single", !right);
+  show($("image-left"), left, part, NAMES[state.left]);
+  $("tag-left").textContent = NAMES[state.left];
+  if (right) {
+    show($("image-right"), right, part, NAMES[state.right]);
+    $("tag-right").textContent = NAMES[state.right];
+  } else {
+    $("image-right").removeAttribute("src");
+  }
+  slide();
+}
+
+function show(image, picture, part, name) {
+  if (image.src !== picture.url) image.src = picture.url;
+  image.alt = `${name} picture`;
+  place(image, picture, part);
+}
+
+function slide() {
+  const value = Number($("split").value);
+  $("compare").style.setProperty("--split", `${value}%`);
+  $("split").setAttribute(
+    "aria-valuetext",
+    `${value} % ${NAMES[state.left] ?? ""}, ${100 - value} % ${NAMES[state.right] ?? ""}`,
+  );
+}
+
+/** Faces as switches on the photo, before anything was changed. */
+function renderBoxes() {
+  const choosing = state.mode === "anonymize" && !state.pictures.has("anonymized");
+  $("boxes").hidden = !choosing || !state.faces.length;
+  if ($("boxes").hidden) return $("boxes").replaceChildren();
+  const picture = state.pictures.get("original");
+  const focused = [...$("boxes").children].indexOf(document.activeElement);
+  const buttons = state.faces.map((face, index) => {
+    const [x0, y0, x1, y1] = face.box;
+    const button = document.createElement("button");
+    button.type = "button";
+    button.setAttribute("aria-pressed", String(face.changed));
+    button.setAttribute("aria-label", `Change face ${index + 1}`);
+    button.dataset.label = face.changed ? "Change" : "Keep";
+    button.style.left = `${(x0 / picture.width) * 100}%`;
+    button.style.top = `${(y0 / picture.height) * 100}%`;
+    button.style.width = `${((x1 - x0) / picture.width) * 100}%`;
+    button.style.height = `${((y1 - y0) / picture.height) * 100}%`;
+    button.addEventListener("click", () => {
+      face.changed = !face.changed;
+      describeChoice();
+      render();
+    });
+    return button;
+  });
+  $("boxes").replaceChildren(...buttons);
+  buttons[focused]?.focus();
+}
+
+function renderTiles() {
+  const kinds = KINDS.filter((kind) => state.pictures.has(kind));
+  if (kinds.length < 2) return $("tiles").replaceChildren();
+  const focused = document.activeElement?.closest?.("#tiles button")?.dataset.kind;
+  $("tiles").replaceChildren(...kinds.map(tile));
+  if (focused) $("tiles").querySelector(`button[data-kind="${focused}"]`)?.focus();
+}
+
+function tile(kind) {
+  const picture = state.pictures.get(kind);
+  const item = document.createElement("li");
+  item.className = "tile";
+  item.classList.toggle("shown", kind === state.right);
+
+  const button = document.createElement("button");
+  button.type = "button";
+  button.dataset.kind = kind;
+  button.setAttribute("aria-label", `Show ${NAMES[kind].toLowerCase()} on the right`);
+  const thumb = document.createElement("span");
+  thumb.className = "thumb";
+  const image = document.createElement("img");
+  image.src = picture.url;
+  image.alt = "";
+  const face = state.faces[Math.max(0, state.zoom)];
+  const whole = { box: [0, 0, picture.width, picture.height] };
+  place(image, picture, around((face ?? whole).box, picture, face ? 1.9 : 1));
+  thumb.append(image);
+  const name = document.createElement("span");
+  name.className = "name";
+  name.textContent = NAMES[kind];
+  button.append(thumb, name);
+  button.addEventListener("click", () => {
+    state.right = kind;
+    if (state.left === kind) state.left = KINDS.find((other) => other !== kind && state.pictures.has(other));
+    render();
+  });
+  item.append(button);
+
+  if (kind === given()) {
+    const note = document.createElement("span");
+    note.className = "no-save";
+    note.textContent = "your file";
+    item.append(note);
+  } else {
+    const save = document.createElement("a");
+    save.className = "save";
+    save.href = picture.url;
+    save.download = `${picture.name}.${kind === "wrong" ? "wrong-password" : kind}.${EXTENSIONS[picture.blob.type] ?? "png"}`;
+    save.textContent = "Save";
+    save.setAttribute("aria-label", `Save the ${NAMES[kind].toLowerCase()} picture`);
+    item.append(save);
+  }
+  return item;
+}
+
+// -- wiring -------------------------------------------------------------------------------------------------------
+
+function setMode(mode) {
+  if (mode === state.mode) return;
+  state.generation++;
+  state.busy?.abort();
+  state.mode = mode;
+  for (const other of ["anonymize", "recover"]) {
+    const tab = $(`mode-${other}`);
+    tab.setAttribute("aria-selected", String(other === mode));
+    tab.tabIndex = other === mode ? 0 : -1;
+  }
+  $("panel").setAttribute("aria-labelledby", `mode-${mode}`);
+  forgetAll();
+  clearAlert();
+  $("file").value = "";
+  for (const id of ["password", "password-recover"]) $(id).value = "";
+  render();
+}
+
+for (const mode of ["anonymize", "recover"]) {
+  $(`mode-${mode}`).addEventListener("click", () => setMode(mode));
+  $(`mode-${mode}`).addEventListener("keydown", (event) => {
+    if (!["ArrowLeft", "ArrowRight", "Home", "End"].includes(event.key)) return;
+    event.preventDefault();
+    const next = mode === "anonymize" ? "recover" : "anonymize";
+    setMode(next);
+    $(`mode-${next}`).focus();
+  });
+}
+
+$("file").addEventListener("change", () => {
+  if ($("file").files.length) choose($("file").files[0]);
+});
+
+// A file may be dropped anywhere: next to the zone, the browser would leave the page to show it.
+for (const type of ["dragover", "dragenter"]) {
+  document.addEventListener(type, (event) => {
+    event.preventDefault();
+    document.body.classList.add("dragging");
+  });
+}
+document.addEventListener("dragleave", (event) => {
+  if (!event.relatedTarget) document.body.classList.remove("dragging");
+});
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  document.body.classList.remove("dragging");
+  if (event.dataTransfer.files.length) choose(event.dataTransfer.files[0]);
+});
+document.addEventListener("paste", (event) => {
+  const file = [...(event.clipboardData?.files ?? [])].find((item) => item.type.startsWith("image/"));
+  if (file) choose(file);
+});
+
+$("form-anonymize").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const source = state.pictures.get("original");
+  const password = source && needPassword($("password"));
+  if (password) edit("v1/anonymize", "anonymized", source, password, $("anonymize"), "Changing faces…");
+});
+
+$("form-recover").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const password = needPassword($("password-recover"));
+  const source = state.pictures.get("anonymized");
+  if (password) edit("v1/recover", "recovered", source, password, $("recover"), "Giving back…");
+});
+
+$("form-wrong").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const password = needPassword($("password-wrong"));
+  const source = state.pictures.get("anonymized");
+  if (password) edit("v1/recover", "wrong", source, password, $("wrong"), "Trying…");
+});
+
+for (const button of document.querySelectorAll("[data-peek]")) {
+  button.addEventListener("click", () => {
+    const input = $(button.dataset.peek);
+    const visible = input.type === "text";
+    input.type = visible ? "password" : "text";
+    button.textContent = visible ? "Show" : "Hide";
+    button.setAttribute("aria-pressed", String(!visible));
+  });
+}
+
+$("split").addEventListener("input", slide);
+for (const side of ["left", "right"]) {
+  $(side).addEventListener("change", () => {
+    state[side] = $(side).value;
+    render();
+  });
+}
+$("zoom").addEventListener("change", () => {
+  state.zoom = Number($("zoom").value);
+  render();
+});
+
+addEventListener("pagehide", (event) => {
+  if (!event.persisted) forgetAll();
+});
+
+render();
+describeService();

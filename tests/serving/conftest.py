@@ -1,0 +1,170 @@
+"""One real service for the session: ``bentoml serve`` in a process of its own, with a small real model."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+#: Limits small enough that a test reaches them.
+LIMITS = {
+    "MIEN_WORKERS": "2",
+    "MIEN_QUEUE_SIZE": "2",
+    "MIEN_MAX_BODY_BYTES": str(4 * 1024 * 1024),
+    "MIEN_MAX_FACES": "3",
+    "MIEN_STALL_TIMEOUT": "3",
+    "MIEN_CPU_THREADS": "1",
+}
+OPTIONS = ["--host", "127.0.0.1", "--working-dir", str(ROOT)]
+
+
+@dataclass
+class Service:
+    """A running service and everything it may write to."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    home: Path
+    log: Path
+
+    def client(self, timeout: float = 60) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=timeout, trust_env=False)
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rsplit(":", 1)[1])
+
+    @property
+    def worker(self) -> int:
+        """Process id of the one process that serves."""
+        listed = subprocess.run(
+            ["ps", "-o", "pid=", "--ppid", str(self.process.pid)], capture_output=True, text=True, check=True
+        )
+        return int(listed.stdout.split()[0])
+
+    def printed(self) -> str:
+        return self.log.read_text(errors="replace")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reversible network with random weights: it changes faces visibly and gives them back exactly."""
+    import torch
+
+    from mien import networks, store
+
+    torch.manual_seed(7)
+    architecture = networks.CouplingConfig(widths=(16, 24), condition=32)
+    network = networks.build(architecture, bits=16, size=128)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if ".head." in name or ".affine." in name:
+                parameter.normal_(0, 0.05)
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    store.save(folder, network, store.ModelConfig(architecture=architecture), card="# A model for tests\n")
+    return folder
+
+
+@contextmanager
+def _serve(model: Path, folder: Path, **environment: str) -> Iterator[Service]:
+    """Start ``bentoml serve`` and wait until it is ready; stopped by SIGTERM at the end."""
+    home = folder / "home"
+    (home / "tmp").mkdir(parents=True)
+    log = folder / "log.txt"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with open(log, "wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "bentoml", "serve", "serving.service:MienService", "--port", str(port), *OPTIONS],
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={
+                **os.environ,
+                **LIMITS,
+                "MIEN_MODEL": str(model),
+                "BENTOML_HOME": str(home / "bentoml"),
+                "HOME": str(home),
+                "TMPDIR": str(home / "tmp"),
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": str(ROOT),
+                "PYTHONDONTWRITEBYTECODE": "1",
+                **environment,
+            },
+        )
+    service = Service(process, f"http://127.0.0.1:{port}", home, log)
+    try:
+        deadline = time.monotonic() + 150
+        with service.client(timeout=5) as client:
+            while True:
+                assert process.poll() is None, f"the service ended:\n{service.printed()}"
+                assert time.monotonic() < deadline, f"the service is not ready:\n{service.printed()}"
+                try:
+                    if client.get("/readyz").status_code == 200:
+                        break
+                except httpx.TransportError:
+                    pass
+                time.sleep(0.3)
+        yield service
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@pytest.fixture(scope="session")
+def service(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with _serve(tiny_model, tmp_path_factory.mktemp("service")) as running:
+        yield running
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[httpx.Client]:
+    with service.client() as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def astronaut() -> bytes:
+    """A photo with one face, PNG: the one that scikit-image carries."""
+    from skimage import data
+
+    return encoded(data.astronaut())
+
+
+@pytest.fixture(scope="session")
+def start_service() -> Callable[..., AbstractContextManager[Service]]:
+    """Starts another service: ``start_service(model, empty folder, **environment)``."""
+    return _serve
+
+
+@pytest.fixture(scope="session")
+def encode() -> Callable[..., bytes]:
+    """Pixels to a file: ``encode(array, "JPEG", quality=90)``."""
+    return encoded
+
+
+def encoded(pixels: object, form: str = "PNG", **options: object) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, form, **options)  # type: ignore[arg-type]
+    return buffer.getvalue()
