@@ -1,0 +1,560 @@
+"""The ``mien`` command: pictures and folders of them.
+
+Passwords come from a hidden prompt, a file or the environment, never from an argument, where other users of the machine
+could read them. Heavy modules are imported inside the commands, so that ``mien --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final, Literal, NoReturn
+
+import typer
+
+from mien import __version__, errors
+
+if TYPE_CHECKING:
+    from mien.model import Model
+    from mien.passwords import Code
+    from mien.pictures import Format
+
+OK: Final = 0
+SOME_FAILED: Final = 1
+USAGE: Final = 2
+BAD_PICTURE: Final = 3
+NO_FACE: Final = 4
+BAD_PASSWORD: Final = 5
+BAD_MODEL: Final = 6
+FILE_TROUBLE: Final = 7
+INTERRUPTED: Final = 130
+
+_EXIT_CODES = (
+    "Exit codes: 0 done, 1 some files of a folder failed, 2 wrong usage, 3 not a usable picture, 4 no face (or not the "
+    "one asked for), 5 password, 6 model, 7 a file or folder could not be read or written."
+)
+
+app = typer.Typer(
+    help="Change the faces in pictures under a password, and give them back only to who knows it.",
+    epilog=_EXIT_CODES,
+    no_args_is_help=True,
+    add_completion=False,
+    # A traceback that shows local variables would show the password.
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class FormatOption(StrEnum):
+    """Output formats."""
+
+    png = "png"
+    jpeg = "jpeg"
+    webp = "webp"
+
+
+class OnNoFace(StrEnum):
+    """What to do with a picture without faces."""
+
+    error = "error"
+    copy = "copy"
+    skip = "skip"
+
+
+Source = Annotated[Path, typer.Argument(metavar="IN", help="A picture, or a folder (searched recursively).")]
+Output = Annotated[
+    Path | None, typer.Option("-o", "--output", metavar="OUT", help="File, or folder for a folder. Default: beside IN.")
+]
+ModelOption = Annotated[Path, typer.Option("--model", envvar="MIEN_MODEL", metavar="FOLDER", help="Model folder.")]
+Realm = Annotated[str, typer.Option("--realm", envvar="MIEN_REALM", help="Public name of the deployment.")]
+Formats = Annotated[
+    FormatOption, typer.Option("--format", help="PNG keeps every pixel for recovery; the others lose some.")
+]
+Quality = Annotated[int, typer.Option("--quality", min=1, max=100, help="For JPEG and WebP (WebP 100: lossless).")]
+Faces = Annotated[
+    str | None, typer.Option("--faces", metavar="0,2,...", help="Only these faces, numbered as `mien detect` does.")
+]
+KeepMetadata = Annotated[bool, typer.Option("--keep-metadata", help="Keep EXIF (place and time too) and comments.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
+NoFace = Annotated[OnNoFace, typer.Option("--on-no-face", help="For pictures in which no face is found.")]
+PasswordFile = Annotated[
+    Path | None,
+    typer.Option("--password-file", metavar="FILE", help="First line is the password. `-`: standard input."),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")]
+
+_DEFAULT_MODEL: Final = Path("models/mien-128")
+Operation = Literal["anonymize", "recover"]
+
+
+class Stop(Exception):
+    """Ends the command with one line on stderr."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass
+class Job:
+    """What one command does to every picture."""
+
+    operation: Operation
+    format: Format
+    quality: int
+    faces: list[int] | None
+    keep_metadata: bool
+    overwrite: bool
+    on_no_face: OnNoFace
+    dry_run: bool
+
+
+@dataclass
+class Tally:
+    """How the files of a folder went."""
+
+    done: int = 0
+    faces: int = 0
+    copied: int = 0
+    skipped: int = 0
+    ignored: int = 0
+    failed: list[tuple[Path, str]] = field(default_factory=list)
+
+
+@app.command()
+def anonymize(
+    source: Source,
+    output: Output = None,
+    model: ModelOption = _DEFAULT_MODEL,
+    realm: Realm = "mien",
+    format: Formats = FormatOption.png,  # noqa: A002
+    quality: Quality = 95,
+    faces: Faces = None,
+    keep_metadata: KeepMetadata = False,
+    overwrite: Overwrite = False,
+    on_no_face: NoFace = OnNoFace.error,
+    password_file: PasswordFile = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Change every face in a picture or in a folder of pictures.
+
+    The password is asked for (twice), or comes from --password-file or the variable MIEN_PASSWORD.
+    """
+    job = _job("anonymize", format, quality, faces, keep_metadata, overwrite, on_no_face, dry_run)
+    _run(job, source, output, model, realm, password_file)
+
+
+@app.command()
+def recover(
+    source: Source,
+    output: Output = None,
+    model: ModelOption = _DEFAULT_MODEL,
+    realm: Realm = "mien",
+    format: Formats = FormatOption.png,  # noqa: A002
+    quality: Quality = 95,
+    faces: Faces = None,
+    keep_metadata: KeepMetadata = False,
+    overwrite: Overwrite = False,
+    on_no_face: NoFace = OnNoFace.error,
+    password_file: PasswordFile = None,
+    dry_run: DryRun = False,
+) -> None:
+    """Give the faces back. A wrong password is no error: it gives other faces.
+
+    The password is asked for, or comes from --password-file or the variable MIEN_PASSWORD.
+    """
+    job = _job("recover", format, quality, faces, keep_metadata, overwrite, on_no_face, dry_run)
+    _run(job, source, output, model, realm, password_file)
+
+
+@app.command()
+def detect(
+    source: Source,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per picture and line.")] = False,
+) -> None:
+    """List the faces in a picture or in a folder of pictures, largest first."""
+    from mien import pictures
+    from mien.detection import MTCNNDetector
+
+    files, troubles = _pictures_in(source, leave_out=None)
+    detector = MTCNNDetector()
+    tally = Tally(failed=troubles)
+    for path in files:
+        try:
+            found = detector.detect(pictures.decode(path.read_bytes()).pixels)
+        except (errors.MienError, OSError) as error:
+            if source.is_file():
+                raise
+            tally.failed.append((path, _reason(error)))
+            continue
+        tally.done += 1
+        tally.faces += len(found)
+        if as_json:
+            listed = [
+                {
+                    "box": [round(float(v), 2) for v in face.box],
+                    "confidence": round(face.confidence, 4),
+                    "landmarks": [[round(float(v), 2) for v in point] for point in face.landmarks],
+                }
+                for face in found
+            ]
+            typer.echo(json.dumps({"file": str(path), "faces": listed}))
+            continue
+        typer.echo(f"{path}: {_count(len(found), 'face')}")
+        for index, face in enumerate(found):
+            x0, y0, x1, y1 = (round(float(v)) for v in face.box)
+            typer.echo(f"  {index}: x {x0} to {x1}, y {y0} to {y1}, confidence {face.confidence:.3f}")
+    _report_failures(tally)
+    if source.is_file() and not tally.faces:
+        raise Stop(f"No face was found in {source}.", NO_FACE)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(f"mien {__version__}")
+
+
+@app.command()
+def serve(
+    model: ModelOption = _DEFAULT_MODEL,
+    realm: Realm = "mien",
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on.")] = 3000,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command instead of running it.")] = False,
+) -> None:
+    """Offer the model over HTTP, with a web page (needs the `serve` extra)."""
+    from importlib.util import find_spec
+
+    # By name, because the library must not depend on the service; see the import contracts in pyproject.toml.
+    command = [sys.executable, "-m", "bentoml", "serve", _SERVICE, "--port", str(port), "--host", host]
+    if dry_run:
+        typer.echo(f"MIEN_MODEL={model} MIEN_REALM={realm} {' '.join(command)}")
+        return
+    if find_spec("bentoml") is None or find_spec("serving") is None:
+        raise Stop('Serving is not installed. Run: pip install "mien[serve]"', USAGE)
+    if not (model / "config.json").is_file():
+        raise Stop(f"There is no model in {model}. Name its folder with --model.", BAD_MODEL)
+    environment = {
+        **os.environ,
+        "MIEN_MODEL": str(model.resolve()),
+        "MIEN_REALM": realm,
+        "BENTOML_DO_NOT_TRACK": "true",
+    }
+    # A service takes passwords from its callers and has no use for one of its own.
+    environment.pop("MIEN_PASSWORD", None)
+    sys.stdout.flush()
+    # Replaces this process, so that signals reach the service itself.
+    os.execve(sys.executable, command, environment)  # noqa: S606
+
+
+_SERVICE: Final = "serving.service:MienService"
+
+
+def main() -> None:
+    """Entry point: every expected error is one line on stderr and an exit code of its own."""
+    try:
+        code = app(standalone_mode=False)
+    except Stop as stop:
+        _fail(str(stop), stop.code)
+    except errors.MienError as error:
+        _fail(str(error), _code_of(error))
+    except OSError as error:
+        _fail(_reason(error), FILE_TROUBLE)
+    except KeyboardInterrupt:
+        _fail("Interrupted; files written so far are whole.", INTERRUPTED)
+    except Exception as error:
+        _fail_as_click_does(error)
+    # Without standalone mode `typer.Exit(code)` arrives here as a return value.
+    sys.exit(code if isinstance(code, int) else OK)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    typer.echo(f"mien: {message}", err=True)
+    sys.exit(code)
+
+
+def _fail_as_click_does(error: Exception) -> NoReturn:
+    show, code = getattr(error, "show", None), getattr(error, "exit_code", None)
+    if show is not None and isinstance(code, int):  # a usage error of the command line parser
+        show()
+        sys.exit(code)
+    if type(error).__name__ == "Abort":  # Ctrl-C or end of input at the prompt
+        _fail("Interrupted.", INTERRUPTED)
+    raise error
+
+
+def _code_of(error: errors.MienError) -> int:
+    table: list[tuple[type[errors.MienError], int]] = [
+        (errors.NoFaceFound, NO_FACE),
+        (errors.NoSuchFace, NO_FACE),
+        (errors.InvalidPassword, BAD_PASSWORD),
+        (errors.ModelError, BAD_MODEL),
+        (errors.WrongModel, BAD_MODEL),
+    ]
+    return next((code for kind, code in table if isinstance(error, kind)), BAD_PICTURE)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
+
+
+def _job(
+    operation: Operation,
+    format_: FormatOption,
+    quality: int,
+    faces: str | None,
+    keep_metadata: bool,
+    overwrite: bool,
+    on_no_face: OnNoFace,
+    dry_run: bool,
+) -> Job:
+    name: Format = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}[format_.value]  # type: ignore[assignment]
+    return Job(operation, name, quality, _indices(faces), keep_metadata, overwrite, on_no_face, dry_run)
+
+
+def _indices(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise Stop(f"--faces takes numbers separated by commas, like 0,2, not {text!r}.", USAGE) from None
+
+
+def _run(job: Job, source: Path, output: Path | None, model: Path, realm: str, password_file: Path | None) -> None:
+    if not source.exists():
+        raise Stop(f"There is no file or folder {source}.", FILE_TROUBLE)
+    folder = source.is_dir()
+    target = output or (
+        _beside(source, job) if not folder else source.with_name(f"{source.name}.{_ENDING[job.operation]}")
+    )
+    if folder:
+        if target.resolve() == source.resolve():
+            raise Stop("OUT must be another folder than IN.", USAGE)
+        files, troubles = _pictures_in(source, leave_out=target)
+        pairs = list(zip(files, _targets(files, source, target, job), strict=True))
+    else:
+        if target.is_dir():
+            target = target / _beside(source, job).name
+        pairs, troubles = [(source, target)], []
+    if job.dry_run:
+        for path, to in pairs:
+            typer.echo(f"{path} -> {to}{' (exists)' if to.exists() else ''}")
+        for path, reason in troubles:
+            typer.echo(f"{path}: {reason}", err=True)
+        typer.echo(f"Nothing was written. {_count(len(pairs), 'picture')} would be {_DONE[job.operation]}.")
+        return
+    if not folder and target.exists() and not job.overwrite:
+        # Before the password is asked for and the model is loaded.
+        raise Stop(f"{target} exists. Use --overwrite to replace it, or -o for another name.", FILE_TROUBLE)
+
+    if not (model / "config.json").is_file():
+        raise Stop(f"There is no model in {model}. Name its folder with --model.", BAD_MODEL)
+    password = _password(password_file, confirm=job.operation == "anonymize")
+    from mien.model import load
+
+    loaded = load(model, realm=realm)
+    # Derived once: it is meant to be slow. From here on nothing holds the password.
+    code = loaded.code_for("anonymize", password)
+    del password
+    if folder:
+        _run_folder(job, loaded, code, pairs, troubles, target)
+        return
+    try:
+        faces, _ = _one(job, loaded, code, source, target)
+    except errors.NoFaceFound:
+        if job.on_no_face is not OnNoFace.skip:
+            raise
+        typer.echo(f"No face was found in {source}; skipped.")
+        return
+    typer.echo(f"{_count(faces, 'face')} {_DONE[job.operation]}: {target}" if faces else f"No face, copied: {target}")
+
+
+_ENDING: Final = {"anonymize": "anon", "recover": "recovered"}
+_DONE: Final = {"anonymize": "anonymized", "recover": "recovered"}
+
+
+def _beside(source: Path, job: Job) -> Path:
+    from mien.pictures import SUFFIXES
+
+    stem = source.stem.removesuffix(".anon") if job.operation == "recover" else source.stem
+    return source.with_name(f"{stem}.{_ENDING[job.operation]}{SUFFIXES[job.format]}")
+
+
+def _targets(files: list[Path], source: Path, target: Path, job: Job) -> list[Path]:
+    names = [target / path.relative_to(source).parent / _beside(path, job).name for path in files]
+    # me.jpg and me.png would both become me.anon.png: such files keep their whole name.
+    twice = {name for name, times in Counter(names).items() if times > 1}
+    return [
+        name.with_name(f"{path.name}{name.name.removeprefix(path.stem.removesuffix('.anon'))}")
+        if name in twice
+        else name
+        for path, name in zip(files, names, strict=True)
+    ]
+
+
+def _pictures_in(source: Path, *, leave_out: Path | None) -> tuple[list[Path], list[tuple[Path, str]]]:
+    """Pictures of a file or folder by name, sorted, and the folders that could not be read."""
+    from mien.pictures import READABLE_SUFFIXES
+
+    if source.is_file():
+        return [source], []
+    if not source.exists():
+        raise Stop(f"There is no file or folder {source}.", FILE_TROUBLE)
+    troubles: list[tuple[Path, str]] = []
+    found: list[Path] = []
+    avoid = leave_out.resolve() if leave_out else None
+
+    def note(error: OSError) -> None:
+        troubles.append((Path(error.filename or source), error.strerror or "cannot be read"))
+
+    for here, folders, names in os.walk(source, onerror=note):
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and (Path(here) / f).resolve() != avoid)
+        found += [Path(here) / n for n in sorted(names) if Path(n).suffix.lower() in READABLE_SUFFIXES and n[0] != "."]
+    if not found and not troubles:
+        raise Stop(f"There is no picture in {source} (looked for {', '.join(sorted(READABLE_SUFFIXES))}).", BAD_PICTURE)
+    return found, troubles
+
+
+def _password(password_file: Path | None, *, confirm: bool) -> str:
+    if password_file is not None:
+        try:
+            text = sys.stdin.readline() if str(password_file) == "-" else _first_line(password_file)
+        except UnicodeDecodeError:
+            raise Stop(f"{password_file} is not UTF-8 text.", BAD_PASSWORD) from None
+        return text.rstrip("\r\n")
+    if "MIEN_PASSWORD" in os.environ:
+        return os.environ["MIEN_PASSWORD"]
+    if not sys.stdin.isatty():
+        raise Stop(
+            "No password. Nobody can be asked here: use --password-file or the variable MIEN_PASSWORD.", BAD_PASSWORD
+        )
+    return str(typer.prompt("Password", hide_input=True, confirmation_prompt=confirm, err=True))
+
+
+def _first_line(path: Path) -> str:
+    # Bounded: a wrong path to something huge should not be read whole.
+    with path.open(encoding="utf-8") as file:
+        return file.readline(1 << 16)
+
+
+def _one(job: Job, model: Model, code: Code, source: Path, target: Path) -> tuple[int, bool]:
+    """Do one picture; how many faces changed, and whether it was copied for lack of any."""
+    from mien import pictures
+    from mien.store import write_atomically
+
+    if target.exists() and not job.overwrite:
+        raise Stop(f"{target} exists; --overwrite replaces it", FILE_TROUBLE)
+    data = source.read_bytes()
+    run = model.anonymize_bytes if job.operation == "anonymize" else model.recover_bytes
+    try:
+        result = run(
+            data,
+            code=code,
+            faces=job.faces,
+            format=job.format,
+            quality=job.quality,
+            keep_metadata=job.keep_metadata,
+        )
+        out, faces = result.data, len(result.faces)
+    except errors.NoFaceFound:
+        if job.on_no_face is not OnNoFace.copy:
+            raise
+        picture = pictures.decode(data, keep_metadata=job.keep_metadata)
+        out, faces = pictures.encode(picture, job.format, quality=job.quality), 0
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(target, out)
+    except OSError as error:
+        raise Stop(f"{target} could not be written: {error.strerror}", FILE_TROUBLE) from error
+    return faces, not faces
+
+
+def _run_folder(
+    job: Job,
+    model: Model,
+    code: Code,
+    pairs: list[tuple[Path, Path]],
+    troubles: list[tuple[Path, str]],
+    target: Path,
+) -> None:
+    tally = Tally(failed=list(troubles))
+    for source, to in _progress(pairs, job):
+        try:
+            faces, copied = _one(job, model, code, source, to)
+        except errors.NoFaceFound as error:
+            if job.on_no_face is OnNoFace.skip:
+                tally.skipped += 1
+            else:
+                tally.failed.append((source, str(error)))
+        except (errors.MienError, Stop) as error:
+            tally.failed.append((source, str(error)))
+        except OSError as error:
+            tally.failed.append((source, error.strerror or str(error)))
+        else:
+            tally.done, tally.copied, tally.faces = (
+                tally.done + (not copied),
+                tally.copied + copied,
+                tally.faces + faces,
+            )
+    _summary(tally, job)
+    with contextlib.suppress(typer.Exit):
+        _report_failures(tally)
+    typer.echo(f"Written to {target}" if tally.done or tally.copied else "Nothing was written.")
+    if tally.failed:
+        raise typer.Exit(SOME_FAILED)
+
+
+def _progress(pairs: list[tuple[Path, Path]], job: Job) -> Iterator[tuple[Path, Path]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Task as RichTask
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: RichTask) -> Text:
+            return Text(f"{task.speed:.2f}/s" if task.speed else "-/s")
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Rate(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        yield from progress.track(pairs, description=job.operation)
+
+
+def _summary(tally: Tally, job: Job) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "pictures", "faces")
+    table.add_row(_DONE[job.operation], str(tally.done), str(tally.faces))
+    for name, number in (("copied, no face", tally.copied), ("skipped, no face", tally.skipped)):
+        if number:
+            table.add_row(name, str(number), "")
+    table.add_row("failed", str(len(tally.failed)), "")
+    Console().print(table)
+
+
+def _report_failures(tally: Tally) -> None:
+    for path, reason in tally.failed:
+        typer.echo(f"mien: {path}: {reason}", err=True)
+    if tally.failed:
+        raise typer.Exit(SOME_FAILED)
