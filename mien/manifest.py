@@ -54,6 +54,8 @@ class SourceRecord(_Record):
 
     name: str
     layout: str
+    fill: str = Field(description="what lies beyond the photo's edge in a crop: mirror or smooth")
+    min_inside: float
     licence: str
     files: int = Field(ge=0, description="files found")
     samples: int = Field(ge=0, description="files that became samples")

@@ -15,6 +15,7 @@ from mien import geometry
 from mien.errors import MienError
 
 Layout = Literal["people", "unlabelled", "lfw", "casia-webface", "ffhq"]
+Fill = Literal["mirror", "smooth"]
 
 
 class IngestError(MienError):
@@ -37,6 +38,7 @@ class Source(_Config):
     )
     split: tuple[float, float, float] | None = Field(None, description="train, val, test; the run's where None")
     min_inside: float | None = Field(None, ge=0, le=1, description="overrides the run's")
+    fill: Fill = Field("mirror", description="what crops hold beyond the photo's edge; smooth suits tight crops")
     licence: str = Field("not stated", description="terms of use, copied into the manifest")
 
     @property

@@ -7,7 +7,7 @@ import io
 import warnings
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,11 @@ from PIL import Image, ImageOps
 from mien import geometry
 from mien.errors import InvalidImage
 from mien.geometry import Matrix, Points
+from services.ingest.config import Fill
 from services.ingest.sources import EXTENSIONS, Landmarks, Photo
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # 4:4:4 (no chroma subsampling) at quality 95: the shards are what training calls real, and halved colour resolution or
 # blocks would be learned as part of faces. Both cost about 14 kB a crop, a third of a PNG.
@@ -57,7 +61,8 @@ class Crop:
     digest: str  # sha256 of the photo's bytes
     image: bytes  # encoded square
     landmarks: Points  # float [5, 2], pixels of the crop
-    inside: float  # part of the crop that the photo covers; the rest is its mirror image
+    outline: Points  # float [4, 2], the photo's corners in pixels of the crop, clockwise from its top left
+    inside: float  # part of the crop that the photo covers; the rest is filled
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ class Limits:
     min_eyes: float
     max_residual: float
     min_inside: float
+    fill: Fill
 
 
 class Finder(Protocol):
@@ -142,8 +148,10 @@ def crop(photo: Photo, landmarks: Landmarks | None, find: Finder | None, limits:
     inside = part_inside(matrix, limits.size, width, height)
     if inside < limits.min_inside:
         return reject(Reason.OUTSIDE, f"{inside:.2f} of the crop is inside, of {limits.min_inside:g} wanted")
-    image = encode(cut(pixels, matrix, limits.size), limits.image)
-    return Crop(photo, hashlib.sha256(data).hexdigest(), image, placed, inside)
+    image = encode(cut(pixels, matrix, limits.size, limits.fill), limits.image)
+    low, right, bottom = -0.5, width - 0.5, height - 0.5
+    outline = geometry.apply(matrix, np.array([[low, low], [right, low], [right, bottom], [low, bottom]]))
+    return Crop(photo, hashlib.sha256(data).hexdigest(), image, placed, outline, inside)
 
 
 def decode(data: bytes) -> NDArray[np.uint8]:
@@ -157,23 +165,61 @@ def decode(data: bytes) -> NDArray[np.uint8]:
         raise InvalidImage(f"cannot be decoded: {error}") from error
 
 
-def cut(pixels: NDArray[np.uint8], matrix: Matrix, size: int) -> NDArray[np.uint8]:
-    """The aligned square, uint8 ``[S, S, 3]``, exactly as the library cuts a face out of a picture."""
+def cut(pixels: NDArray[np.uint8], matrix: Matrix, size: int, fill: Fill) -> NDArray[np.uint8]:
+    """The aligned square, uint8 ``[S, S, 3]``.
+
+    Args:
+        pixels: uint8 ``[H, W, 3]``.
+        matrix: ``[2, 3]`` from picture to crop.
+        size: S.
+        fill: what to put where the square reaches over the picture's edge: ``mirror``, exactly as the library cuts a
+            face out of a picture, or ``smooth``, colours that flow on from the edge. Mirroring suits a strip of
+            background; around a tight crop it would draw more eyes and mouths.
+    """
     import torch
 
     from mien.compositing import extract
 
     with torch.inference_mode():
-        face = extract(pixels, matrix[None], size)[0]
-        return ((face + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+        face = (extract(pixels, matrix[None], size) + 1) * 127.5
+        if fill == "smooth":
+            covered = torch.from_numpy(_covered(matrix, size, *pixels.shape[1::-1]))[None, None].float()
+            face = covered * face + (1 - covered) * _flow_on(face * covered, covered)
+        return face[0].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+def _flow_on(colour: Tensor, weight: Tensor) -> Tensor:
+    """Known colours continued into the unknown by push and pull (Gortler et al. 1996, "The Lumigraph", section 3.4).
+
+    Args:
+        colour: float ``[1, 3, S, S]``, multiplied by its weight.
+        weight: float ``[1, 1, S, S]`` in [0, 1], somewhere positive.
+    """
+    import torch.nn.functional as F
+
+    mean = colour / weight.clamp(min=1e-6)
+    if colour.shape[-1] == 1:
+        return mean
+    # Sums, not means: a coarse pixel with any known part in it is worth up to one known pixel.
+    coarse, known = 4 * F.avg_pool2d(colour, 2, ceil_mode=True), 4 * F.avg_pool2d(weight, 2, ceil_mode=True)
+    share = known.clamp(max=1) / known.clamp(min=1e-6)
+    below = F.interpolate(
+        _flow_on(coarse * share, known * share), colour.shape[-2:], mode="bilinear", align_corners=False
+    )
+    return weight * mean + (1 - weight) * below
 
 
 def part_inside(matrix: Matrix, size: int, width: int, height: int) -> float:
     """Part of a crop's pixels whose centres lie in the picture, in [0, 1]."""
+    return float(_covered(matrix, size, width, height).mean())
+
+
+def _covered(matrix: Matrix, size: int, width: int, height: int) -> NDArray[np.bool_]:
+    """Which of a crop's pixel centres lie in the picture, bool ``[S, S]``."""
     grid = np.stack(np.meshgrid(np.arange(size), np.arange(size)), axis=-1).astype(np.float64)
     at = geometry.apply(geometry.invert(matrix), grid)
-    there = (at >= -0.5) & (at <= np.array([width, height]) - 0.5)
-    return float(there.all(axis=-1).mean())
+    x, y = at[..., 0], at[..., 1]
+    return (x >= -0.5) & (x <= width - 0.5) & (y >= -0.5) & (y <= height - 0.5)
 
 
 def encode(pixels: NDArray[np.uint8], image: str) -> bytes:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO
 
 from mien import manifest as manifests
+from mien.geometry import Points
 from mien.manifest import MANIFEST, SPLITS, Manifest, SourceRecord, Split
 from mien.store import write_atomically
 from services.ingest import crops, shards, splits
@@ -148,11 +149,16 @@ def _sample(crop: Crop, offset: int) -> Sample:
         file=photo.name,
         unit=photo.identity or f"{photo.source}/{photo.name}",
         identity=photo.identity,
-        landmarks=tuple((round(float(x), 2), round(float(y), 2)) for x, y in crop.landmarks),
+        landmarks=_rounded(crop.landmarks),
+        outline=_rounded(crop.outline),
         inside=crop.inside,
         offset=offset,
         length=len(crop.image),
     )
+
+
+def _rounded(points: Points) -> tuple[tuple[float, float], ...]:
+    return tuple((round(float(x), 2), round(float(y), 2)) for x, y in points)
 
 
 def _crops(config: IngestConfig, item: Work, workers: int) -> Iterator[Crop | Rejection]:
@@ -163,6 +169,7 @@ def _crops(config: IngestConfig, item: Work, workers: int) -> Iterator[Crop | Re
         min_eyes=config.min_eyes,
         max_residual=config.max_residual,
         min_inside=config.min_inside if item.source.min_inside is None else item.source.min_inside,
+        fill=item.source.fill,
     )
     detect = item.landmarks is None
     known = item.landmarks or {}
@@ -272,7 +279,7 @@ def _write(
         samples={split: per_split[split] for split in SPLITS},
         unlabelled={split: nameless[split] for split in SPLITS},
         identities=identities,
-        sources=tuple(_source_record(item, samples, rejected) for item in work),
+        sources=tuple(_source_record(item, config.min_inside, samples, rejected) for item in work),
         shards=tuple(written),
     )
 
@@ -281,12 +288,16 @@ def _place(rejection: Rejection) -> tuple[str, str]:
     return rejection.source, rejection.file
 
 
-def _source_record(item: Work, samples: Iterable[Sample], rejected: Iterable[Rejection]) -> SourceRecord:
+def _source_record(
+    item: Work, min_inside: float, samples: Iterable[Sample], rejected: Iterable[Rejection]
+) -> SourceRecord:
     name = item.source.name
     reasons = Counter(r.reason.value for r in rejected if r.source == name)
     return SourceRecord(
         name=name,
         layout=item.source.layout,
+        fill=item.source.fill,
+        min_inside=min_inside if item.source.min_inside is None else item.source.min_inside,
         licence=item.source.licence,
         files=len(item.photos),
         samples=sum(sample.source == name for sample in samples),

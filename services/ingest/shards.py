@@ -24,6 +24,7 @@ class Sample:
     unit: str  # what decides its split: the identity, or the photo itself
     identity: str | None
     landmarks: tuple[tuple[float, float], ...]
+    outline: tuple[tuple[float, float], ...]
     inside: float
     offset: int
     length: int
@@ -39,7 +40,9 @@ class Sample:
             "identity": identity,
             "landmarks": self.landmarks,
             "source": f"{self.source}/{self.file}",
+            # Beyond DESIGN.md: where the photo ends and the fill begins, for whoever must not learn from the fill.
             "inside": round(self.inside, 3),
+            "outline": self.outline,
         }
 
 
