@@ -39,7 +39,7 @@ def write(folder: Path, nimg: int, state: dict[str, Any], *, keep: int) -> Path:
     _write_synced(temporary / _STRUCTURE, json.dumps(record).encode())
     if final.exists():  # the same moment written again after a resume
         shutil.rmtree(final)
-    os.replace(temporary, final)
+    temporary.replace(final)
     _sync_folder(folder)
     for old in _all(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)

@@ -94,6 +94,9 @@ class ObjectiveConfig(Config):
 
     weights: WeightsConfig = WeightsConfig()
     wrong_recovery: bool = Field(True, description="False is the ablation without WR")
+    wrong_pair: bool = Field(
+        True, description="make WR2 too, for the pair (WR1, WR2) of eq. 9; False saves a pass of T"
+    )
     margin: float = Field(0.0, ge=-1, le=1, description="hinge: cosines below it cost nothing; eq. 8 has 0")
     face_weighted_background: bool = Field(
         False, description="eq. 13 weighted towards the border of the crop, so that it does not fight identity change"

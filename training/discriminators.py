@@ -70,8 +70,8 @@ class _Head(nn.Module):
 class Discriminators(nn.Module):
     """All discriminators of a run.
 
-    ``forward(images float [B, 3, S, S] in [-1, 1], kind) -> list of score maps``, where ``kind`` (one of
-    :data:`KINDS`) chooses the fine network. Real images are shown to every fine network.
+    Scores of an image are a list of maps, one a network: the coarse one, the fine one of its kind, then the heads.
+    What is shared runs once over everything given.
     """
 
     def __init__(self, config: DiscriminatorConfig, features: AlexFeatures | None) -> None:
@@ -83,14 +83,38 @@ class Discriminators(nn.Module):
         # Held in a tuple so that the frozen network is not part of this module's state.
         self._features = (features,)
 
-    def forward(self, images: Tensor, kind: str, generator: torch.Generator | None = None) -> list[Tensor]:
+    def forward(
+        self, made: dict[str, Tensor], real: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+        """Scores of made images and, where given, of real ones as every kind's networks see them.
+
+        Args:
+            made: images of each kind (of :data:`KINDS`), float ``[B, 3, S, S]`` in [-1, 1].
+            real: float ``[B, 3, S, S]``.
+            generator: for the augmentation, where that is configured.
+
+        Returns:
+            For the made and for the real images: for each kind its list of score maps, float ``[B, 1, h, w]``.
+        """
+        images = torch.cat([*([real] if real is not None else []), *made.values()])
         if self.augment and generator is not None:
             images = diff_augment(images, generator)
-        scores = [self.coarse(F.avg_pool2d(images, 2)), self.fine[kind](images)]
+        parts = len(made) + (real is not None)
+        shared = [self.coarse(F.avg_pool2d(images, 2))]
         if self.heads is not None and self._features[0] is not None:
-            features = self._features[0](images)
-            scores += [head(f) for head, f in zip(self.heads, features, strict=True)]
-        return scores
+            shared += [h(f) for h, f in zip(self.heads, self._features[0](images), strict=True)]
+        pieces = [s.chunk(parts) for s in shared]
+        chunks = images.chunk(parts)
+        made_scores, real_scores = [], []
+        for i, kind in enumerate(made, start=parts - len(made)):
+            fine = self.fine[kind]
+            if real is None:
+                made_scores.append([pieces[0][i], fine(chunks[i]), *(p[i] for p in pieces[1:])])
+                continue
+            of_real, of_made = fine(torch.cat([chunks[0], chunks[i]])).chunk(2)
+            made_scores.append([pieces[0][i], of_made, *(p[i] for p in pieces[1:])])
+            real_scores.append([pieces[0][0], of_real, *(p[0] for p in pieces[1:])])
+        return made_scores, real_scores
 
 
 def diff_augment(images: Tensor, generator: torch.Generator) -> Tensor:

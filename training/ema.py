@@ -17,7 +17,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, network: nn.Module, images: int, nimg: int) -> None:
-        """After a step over ``images`` images, ``nimg`` in all (short half-life at first, so that early weights fade)."""
+        """After a step over ``images`` images, ``nimg`` in all; a short half-life at first lets early weights fade."""
         half_life = min(self.half_life, nimg * 0.1)
         decay = 0.5 ** (images / half_life) if half_life > 0 else 0.0
         for mine, theirs in zip(self.network.parameters(), network.parameters(), strict=True):

@@ -61,12 +61,13 @@ def export(
 
 def _card(network: nn.Module, config: RunConfig, nimg: int, data_digest: str, figures: dict[str, Any]) -> str:
     rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in sorted(figures.items()))
+    millions = networks.count_parameters(network) / 1e6
     macs = networks.count_macs(network, bits=config.bits, size=config.crop_size) / 1e9
     return f"""# {config.name}
 
 A face identity transformer (password-conditioned anonymization, ECCV 2020) trained by Mien.
 
-- Architecture: `{config.architecture.name}`, {networks.count_parameters(network) / 1e6:.2f} M parameters, {macs:.2f} GMAC a face
+- Architecture: `{config.architecture.name}`, {millions:.2f} M parameters, {macs:.2f} GMAC a face
 - Code: {config.bits} bits; crop: {config.crop_size} px
 - Images seen: {nimg:,}
 - Data: shards whose manifest has sha256 `{data_digest}`; the data's terms bind this model

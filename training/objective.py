@@ -25,11 +25,13 @@ def feature_dissimilarity(
 ) -> Tensor:
     """Eq. 9, L_feat: L_dis over (A1, A2), (WR1, WR2), (A1, WR1), weighted 2 / 1 / 1 as in the authors' code.
 
-    Without wrong recovery (``None``) only the first pair is left.
+    What is ``None`` was not made: without wrong recovery only the first pair is left.
     """
     loss = 2 * dissimilarity(a1, a2, margin)
-    if wr1 is not None and wr2 is not None:
-        loss = loss + dissimilarity(wr1, wr2, margin) + dissimilarity(a1, wr1, margin)
+    if wr1 is not None:
+        loss = loss + dissimilarity(a1, wr1, margin)
+        if wr2 is not None:
+            loss = loss + dissimilarity(wr1, wr2, margin)
     return loss
 
 
@@ -59,8 +61,8 @@ def recovery(recovered: Tensor, image: Tensor) -> Tensor:
 def background(changed: Sequence[Tensor], image: Tensor, weight: Tensor | None = None) -> Tensor:
     """Eq. 13, L_1: L1(A, I) + L1(WR, I).
 
-    ``weight`` (float ``[1, 1, S, S]``, mean 1) moves the term towards the crop's border, so that it keeps the background
-    without fighting the change of the face.
+    ``weight`` (float ``[1, 1, S, S]``, mean 1) moves the term towards the crop's border, so that it keeps the
+    background without fighting the change of the face.
     """
     total = image.new_zeros(())
     for x in changed:

@@ -91,6 +91,12 @@ class Trainer:
             (self.features if projected == perceptual else AlexFeatures(projected)) if projected else None,
         )
         self.classifies = identities > 0 and bool(weights.adversarial or weights.recovery_class)
+        # R costs a pass of T; with a reversible T it can be left out by giving the terms on it no weight.
+        self.recovers = bool(
+            weights.recovery or weights.perceptual or weights.recovered_identity
+            or (self.classifies and (weights.recovery_class or config.recogniser.trainable))
+            or (weights.gan and config.discriminator.on_recovered)
+        )  # fmt: skip
         self.recogniser.eval().requires_grad_(False)
         for module in self._modules().values():
             module.to(device)
@@ -179,11 +185,13 @@ class Trainer:
         source = made["A1"]
         if o.save:
             source = saving.save(source, jpeg_share=o.save_jpeg, rescale_share=o.save_rescale, generator=generator)
-        keys = {"R": -codes.first}
+        keys = {"R": -codes.first} if self.recovers else {}
         if o.wrong_recovery:
             keys["WR1"] = codes.wrong
-            if twice:
+            if twice and o.wrong_pair:
                 keys["WR2"] = codes.other_wrong
+        if not keys:
+            return made
         recovered = self._run_transformer(source.repeat(len(keys), 1, 1, 1), torch.cat(list(keys.values()))).float()
         return made | dict(zip(keys, recovered.chunk(len(keys)), strict=True))
 
@@ -197,12 +205,8 @@ class Trainer:
             kinds = self._judged(made)
             self.discriminators.requires_grad_(True)
             with self._autocast():
-                real, fake = [], []
-                for kind, made_images in kinds.items():
-                    pooled = self.pools[kind].exchange(made_images, generator)
-                    scores = self.discriminators(torch.cat([images, pooled]), kind, generator)
-                    real.append([s[: len(images)].float() for s in scores])
-                    fake.append([s[len(images) :].float() for s in scores])
+                pooled = {kind: self.pools[kind].exchange(x, generator) for kind, x in kinds.items()}
+                fake, real = self.discriminators(pooled, images, generator)
                 loss = objective.gan_discriminator(real, fake)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -214,7 +218,7 @@ class Trainer:
             self.head.requires_grad_(True)
             names = [n for n in ("A1", "WR1") if n in made]
             with self._autocast():
-                everything = torch.cat([images, *(made[n].detach() for n in names), made["R"].detach()])
+                everything = torch.cat([images, *(made[n].detach() for n in [*names, "R"])])
                 logits = self.head(self.recogniser(everything)).float().chunk(len(names) + 2)
                 loss = objective.classification(logits[:-1], identities)
                 if c.recogniser.against_recovered:
@@ -271,10 +275,12 @@ class Trainer:
                 if "WR1" in e:
                     log["cos(I,WR)"] = F.cosine_similarity(e["I"], e["WR1"]).mean().item()
             if w.gan:
-                scores = [self.discriminators(x, kind, generator) for kind, x in self._judged(made).items()]
-                terms["gan"] = (w.gan, objective.gan_generator([[s.float() for s in kind] for kind in scores]))
+                scores, _ = self.discriminators(self._judged(made), generator=generator)
+                terms["gan"] = (w.gan, objective.gan_generator(scores))
             if w.auxiliary:
-                pairs = [(images, made["A1"], codes.first), (made["A1"], made["R"], -codes.first)]
+                pairs = [(images, made["A1"], codes.first)]
+                if "R" in made:
+                    pairs.append((made["A1"], made["R"], -codes.first))
                 if "WR1" in made:
                     pairs.append((made["A1"], made["WR1"], codes.wrong))
                 logits = self.predictor(torch.cat([p[0] for p in pairs]), torch.cat([p[1] for p in pairs])).float()
@@ -292,9 +298,11 @@ class Trainer:
                 if w.likeness:
                     distances = [self.features.distance(real, self.features(x)).float().mean() for x in changed]
                     terms["likeness"] = (w.likeness, torch.stack(distances).mean())
-            terms["recovery"] = (w.recovery, objective.recovery(made["R"], images))
+            if w.recovery:
+                terms["recovery"] = (w.recovery, objective.recovery(made["R"], images))
             weight = self._border if o.face_weighted_background else None
-            terms["background"] = (w.background, objective.background(changed, images, weight))
+            if w.background:
+                terms["background"] = (w.background, objective.background(changed, images, weight))
             if w.range:
                 terms["range"] = (w.range, objective.out_of_range(list(made.values())))
         loss = torch.stack([factor * value for factor, value in terms.values()]).sum()
