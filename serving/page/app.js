@@ -37,7 +37,7 @@ class Refused extends Error {
 }
 
 /** POST a form; answers the Response, or throws Refused with something a person can read. */
-async function post(path, form, signal) {
+async function post(path, form, signal, onWait) {
   for (let attempt = 1; ; attempt++) {
     let response;
     try {
@@ -49,6 +49,7 @@ async function post(path, form, signal) {
     if (response.ok) return response;
     const wait = Number(response.headers.get("Retry-After"));
     if ((response.status === 429 || response.status === 503) && wait && attempt < 4) {
+      onWait?.();
       await pause(wait * 1000, signal);
       continue;
     }
@@ -160,6 +161,8 @@ async function findFaces(generation) {
     if (generation !== state.generation) return;
     state.faces = faces.map((face) => ({ box: face.box, changed: true }));
     if (!faces.length) {
+      // An anonymized picture carries where its faces are, so that it can be recovered even then.
+      $("faces-fact").hidden = state.mode === "recover";
       $("faces-fact").textContent = "No face was found in this picture.";
     } else {
       describeChoice();
@@ -210,7 +213,9 @@ async function edit(path, kind, source, password, button, message) {
       const chosen = state.faces.flatMap((face, index) => (face.changed ? [index] : []));
       if (chosen.length && chosen.length < state.faces.length) form.append("faces", chosen.join(","));
     }
-    const response = await post(path, form, control.signal);
+    const response = await post(path, form, control.signal, () => {
+      $("veil-text").textContent = "The service is busy, trying again…";
+    });
     const blob = await response.blob();
     if (generation !== state.generation) return;
     await keep(kind, blob, source.name);
@@ -227,7 +232,7 @@ async function edit(path, kind, source, password, button, message) {
       state.left = state.pictures.has("original") ? "original" : "anonymized";
     }
     state.right = kind;
-    $("split").value = 50;
+    if (kind === "anonymized" || state.pictures.size === 2) lookAtTheFace();
   } catch (error) {
     if (error.name !== "AbortError") showAlert(error);
   } finally {
@@ -235,9 +240,22 @@ async function edit(path, kind, source, password, button, message) {
     busy(button, null);
     render();
     if (generation === state.generation && state.right === kind && matchMedia("(max-width: 820px)").matches) {
-      $("view").scrollIntoView({ block: "start", behavior: "smooth" });
+      const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+      $("view").scrollIntoView({ block: "start", behavior: still ? "auto" : "smooth" });
     }
   }
+}
+
+/** Begin with the split through the first face, and close to it where it is alone and small. */
+function lookAtTheFace() {
+  const [face] = state.faces;
+  const picture = state.pictures.get(given());
+  if (!face) return;
+  const [x0, y0, x1, y1] = face.box;
+  const small = Math.max(x1 - x0, y1 - y0) < Math.min(picture.width, picture.height) / 3;
+  state.zoom = state.faces.length === 1 && small ? 0 : -1;
+  const part = region(picture);
+  $("split").value = Math.round((((x0 + x1) / 2 - part.x) / part.width) * 100);
 }
 
 function busy(button, message) {
@@ -263,6 +281,7 @@ function showAlert(error) {
   title.textContent = error.title ?? "That did not work";
   $("alert").replaceChildren(title, document.createTextNode(error.title ? error.message : ""));
   $("alert").hidden = false;
+  $("alert").scrollIntoView({ block: "nearest" });
   if (!(error instanceof Refused)) throw error;
 }
 
@@ -281,10 +300,7 @@ function render() {
     ? "Your photo will appear here, beside its anonymized twin."
     : "A picture that Mien anonymized will appear here, beside the one it was made from.";
   $("file-fact").hidden = !source;
-  if (!source) {
-    $("faces-fact").hidden = true;
-    $("outcome").textContent = "";
-  }
+  if (!source) $("faces-fact").hidden = true;
   $("card-anonymize").hidden = !anonymizing;
   $("card-recover").hidden = !state.pictures.has("anonymized");
   $("number-recover").textContent = anonymizing ? "3" : "2";
@@ -298,6 +314,22 @@ function render() {
   renderCompare();
   renderBoxes();
   renderTiles();
+  renderSave();
+}
+
+function renderSave() {
+  const saveable = state.right && state.right !== given();
+  $("result").hidden = !state.right;
+  $("save").hidden = !saveable;
+  if (!saveable) return $("save").removeAttribute("href");
+  offer($("save"), state.right);
+  $("save-text").textContent = state.right === "wrong" ? "Save this picture" : `Save ${NAMES[state.right].toLowerCase()} picture`;
+}
+
+function offer(link, kind) {
+  const picture = state.pictures.get(kind);
+  link.href = picture.url;
+  link.download = `${picture.name}.${kind === "wrong" ? "wrong-password" : kind}.${EXTENSIONS[picture.blob.type] ?? "png"}`;
 }
 
 function renderChoices() {
@@ -446,8 +478,7 @@ function tile(kind) {
   } else {
     const save = document.createElement("a");
     save.className = "save";
-    save.href = picture.url;
-    save.download = `${picture.name}.${kind === "wrong" ? "wrong-password" : kind}.${EXTENSIONS[picture.blob.type] ?? "png"}`;
+    offer(save, kind);
     save.textContent = "Save";
     save.setAttribute("aria-label", `Save the ${NAMES[kind].toLowerCase()} picture`);
     item.append(save);

@@ -1,0 +1,216 @@
+"""The web page in a real browser, against the real service."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+CHROMIUM = os.environ.get("MIEN_CHROMIUM") or next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None
+)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (install one, or set MIEN_CHROMIUM)")
+
+ARGUMENTS = (
+    "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync --no-first-run"
+).split()
+
+# Counts what the page holds on to, and what it would store.
+INSPECT = """
+window.held = new Set();
+const create = URL.createObjectURL, revoke = URL.revokeObjectURL;
+URL.createObjectURL = (blob) => { const url = create.call(URL, blob); held.add(url); return url; };
+URL.revokeObjectURL = (url) => { held.delete(url); revoke.call(URL, url); };
+"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Any, service: Any) -> Iterator[Any]:
+    """A fresh tab on the page; at the end nothing may have gone wrong or outside."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    context.add_init_script(INSPECT)
+    page = context.new_page()
+    page.set_default_timeout(45_000)
+    complaints: list[str] = []
+    outside: list[str] = []
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda message: complaints.append(message.text) if "Content Security" in message.text else None)
+    page.on("request", lambda r: None if r.url.startswith((service.url, "blob:")) else outside.append(r.url))
+    page.goto(service.url + "/")
+    page.wait_for_selector("#service[data-state=ready]")
+    yield page
+    assert complaints == []
+    assert outside == []
+    assert page.evaluate("localStorage.length + sessionStorage.length + document.cookie.length") == 0
+    assert not service.url + "/?" in page.url
+    context.close()
+
+
+def upload(data: bytes, name: str = "photo.png") -> dict[str, Any]:
+    return {"name": name, "mimeType": "image/png", "buffer": data}
+
+
+def anonymize(page: Any, data: bytes, password: str) -> None:
+    page.set_input_files("#file", upload(data))
+    page.wait_for_selector("#boxes button")
+    page.fill("#password", password)
+    page.click("#anonymize")
+    page.wait_for_selector("#tiles li:nth-child(2)")
+
+
+def saved(page: Any, selector: str) -> tuple[str, bytes]:
+    with page.expect_download() as download:
+        page.click(selector)
+    return download.value.suggested_filename, Path(download.value.path()).read_bytes()
+
+
+def pixels(data: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
+
+
+def test_a_visitor_anonymizes_saves_recovers_and_tries_a_wrong_password(page: Any, astronaut: bytes) -> None:
+    anonymize(page, astronaut, "correct horse")
+    assert page.inner_text("#outcome").startswith("1 face changed")
+    name, safe = saved(page, "#save")
+    assert name == "photo.anonymized.png"
+
+    page.fill("#password-recover", "correct horse")
+    page.press("#password-recover", "Enter")
+    page.wait_for_selector("#tiles li:nth-child(3)")
+    _, back = saved(page, "#save")
+    page.click("#wrong")
+    page.wait_for_selector("#tiles li:nth-child(4)")
+    name, wrong = saved(page, "#save")
+    assert name == "photo.wrong-password.png"
+
+    face = np.s_[60:175, 180:270]
+    change = [np.abs(pixels(p)[face] - pixels(astronaut)[face]).mean() for p in (safe, back, wrong)]
+    assert change[1] < 2.5 < 4 < min(change[0], change[2])
+    assert page.locator("#tiles li").all_inner_texts()[0].startswith("Original")
+
+
+def test_recovering_starts_from_a_saved_picture_too(page: Any, client: Any, astronaut: bytes) -> None:
+    safe = client.post("/v1/anonymize", files={"image": astronaut}, data={"password": "p"}).content
+    page.click("#mode-recover")
+    assert page.is_hidden("#card-anonymize")
+    page.set_input_files("#file", upload(safe, "party.anonymized.png"))
+    page.wait_for_selector("#card-recover:not([hidden])")
+    page.fill("#password-recover", "p")
+    page.click("#recover")
+    page.wait_for_selector("#tiles li:nth-child(2)")
+    name, back = saved(page, "#save")
+    assert name == "party.recovered.png"
+    assert np.abs(pixels(back) - pixels(astronaut)).mean() < 1
+
+
+def test_the_slider_moves_by_keyboard_and_says_where_it_is(page: Any, astronaut: bytes) -> None:
+    anonymize(page, astronaut, "p")
+    page.focus("#split")
+    page.keyboard.press("Home")
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    assert page.evaluate("getComputedStyle(document.getElementById('compare')).getPropertyValue('--split')") == "3%"
+    assert page.get_attribute("#split", "aria-valuetext") == "3 % Original, 97 % Anonymized"
+
+
+def test_a_face_can_be_kept_as_it_is(page: Any, astronaut: bytes, encode: Callable[..., bytes]) -> None:
+    one = pixels(astronaut).astype(np.uint8)
+    pair = encode(np.hstack([one, one[:, ::-1]]))
+    page.set_input_files("#file", upload(pair))
+    page.wait_for_selector("#boxes button:nth-child(2)")
+    page.focus("#boxes button:nth-child(2)")
+    page.keyboard.press("Space")
+    assert page.get_attribute("#boxes button:nth-child(2)", "aria-pressed") == "false"
+    assert page.inner_text("#faces-fact") == "2 faces found, 1 will be changed."
+    page.fill("#password", "p")
+    page.click("#anonymize")
+    page.wait_for_selector("#tiles li:nth-child(2)")
+    _, safe = saved(page, "#save")
+    changed = np.abs(pixels(safe) - pixels(pair)).max(axis=(0, 2))
+    assert (changed[:512].max() > 0) != (changed[512:].max() > 0)
+
+
+def test_problems_are_shown_in_words(page: Any, encode: Callable[..., bytes]) -> None:
+    page.set_input_files("#file", upload(b"not a picture"))
+    page.wait_for_selector("#alert:not([hidden])")
+    assert "JPEG, PNG or WebP" in page.inner_text("#alert")
+    page.set_input_files("#file", upload(encode(np.full((64, 64, 3), 99, np.uint8))))
+    page.wait_for_function("document.getElementById('faces-fact').textContent.startsWith('No face')")
+    assert page.is_hidden("#alert")
+    page.click("#anonymize")
+    page.wait_for_selector("#alert:not([hidden])")
+    assert "password is empty" in page.inner_text("#alert")
+    page.fill("#password", "p")
+    page.click("#anonymize")
+    page.wait_for_function("document.getElementById('alert').textContent.includes('No face was found')")
+
+
+def test_pictures_no_longer_shown_are_let_go(page: Any, astronaut: bytes) -> None:
+    anonymize(page, astronaut, "p")
+    assert page.evaluate("held.size") == 2
+    page.click("#anonymize")
+    page.wait_for_function("document.getElementById('veil').hidden")
+    assert page.evaluate("held.size") == 2
+    page.click("#mode-recover")
+    assert page.evaluate("held.size") == 0
+    assert page.input_value("#password") == ""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_a_phone(browser: Any, service: Any, astronaut: bytes, scheme: str) -> None:
+    context = browser.new_context(viewport={"width": 360, "height": 740}, color_scheme=scheme, has_touch=True)
+    page = context.new_page()
+    page.set_default_timeout(45_000)
+    page.goto(service.url + "/")
+    page.wait_for_selector("#service[data-state=ready]")
+    anonymize(page, astronaut, "p")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    ground, ink = page.evaluate(
+        "[getComputedStyle(document.body).backgroundColor, getComputedStyle(document.body).color]"
+    )
+    brightness = [sum(int(v) for v in c.removeprefix("rgb(").rstrip(")").split(",")) for c in (ground, ink)]
+    assert (brightness[0] > brightness[1]) == (scheme == "light")
+    context.close()
+
+
+def test_every_control_has_a_name_and_is_reached_by_keyboard(page: Any, astronaut: bytes) -> None:
+    anonymize(page, astronaut, "p")
+    nameless = page.evaluate(
+        """[...document.querySelectorAll('button, input, select, a[href], summary')]
+        .filter((e) => e.checkVisibility())
+        .filter((e) => !(e.innerText?.trim() || e.getAttribute('aria-label') || e.labels?.length))
+        .map((e) => e.outerHTML)"""
+    )
+    assert nameless == []
+    page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
+    reached = set()
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.id"))
+    assert {
+        "mode-anonymize",
+        "file",
+        "password",
+        "anonymize",
+        "password-recover",
+        "recover",
+        "split",
+        "save",
+    } <= reached
