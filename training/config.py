@@ -154,6 +154,7 @@ class RunConfig(Config):
     sample_every: PositiveInt = Field(20_000, description="images between sample grids and validation figures")
     checkpoint_every: PositiveInt = Field(20_000, description="images between checkpoints")
     keep_checkpoints: PositiveInt = 2
+    export: str | None = Field(None, description="folder for the finished model; None puts it in the run's folder")
     mlflow: str | None = Field(None, description="tracking URI; None logs to the run folder alone")
 
 

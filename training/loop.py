@@ -115,7 +115,7 @@ def train(config: RunConfig, *, stop_at: int | None = None) -> Outcome:
         logger.info("stopped at %d images, saved; the same command goes on", nimg)
         return Outcome(False, nimg, None)
     figures, _ = validation.look(trainer.ema.network)
-    model = folder / "model"
+    model = Path(config.export) if config.export else folder / "model"
     export(trainer.ema.network, config, model, nimg=nimg, data_digest=shards.digest, figures=figures)
     for tracker in trackers:
         tracker.finish(model)
@@ -227,7 +227,7 @@ def _everything(shards: FaceShards) -> list[tuple[Tensor, Tensor]]:
 
 
 # What may differ between the run that wrote a checkpoint and the one that goes on from it.
-_MAY_CHANGE = {"runs", "device", "threads", "compile", "log_every", "sample_every", "checkpoint_every",
+_MAY_CHANGE = {"runs", "device", "threads", "compile", "log_every", "sample_every", "checkpoint_every", "export",
                "keep_checkpoints", "mlflow", "total_images"}  # fmt: skip
 
 

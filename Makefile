@@ -1,0 +1,61 @@
+# Everything a fresh machine needs is Python >= 3.11, git and make. `make` alone lists the targets.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+# uv from the PATH where it is, else one of the project's own.
+UV := $(shell command -v uv 2>/dev/null || echo .cache/uv/bin/uv)
+export BENTOML_DO_NOT_TRACK := true
+export MIEN_SHARED ?= ../shared
+
+.PHONY: help env demo demo-stop test lint format model shards lock clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+.cache/uv/bin/uv:
+	python3 -m venv .cache/uv
+	.cache/uv/bin/pip install --quiet uv
+
+$(VENV)/.installed: requirements.lock pyproject.toml | $(filter .cache/%,$(UV))
+	test -x $(BIN)/python || $(UV) venv --quiet --python '>=3.11,<3.14' $(VENV)
+	$(UV) pip sync --quiet --python $(BIN)/python requirements.lock
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps --editable .
+	touch $@
+
+env: $(VENV)/.installed ## the environment in .venv, exactly as requirements.lock has it
+
+demo: env ## start the service on http://localhost:3000 and make the pictures in demo/
+	$(BIN)/python -m serving.demo
+
+demo-stop: ## stop the service that `make demo` started
+	@$(BIN)/python -m serving.demo --stop
+
+test: env ## every test that needs no cluster and no GPU
+	$(BIN)/python -m pytest
+
+lint: env ## ruff, mypy (strict in mien/), import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: env ## let ruff put the code in order
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+shards: env ## crops and shards in shards/ from the pictures in MIEN_SHARED
+	test -e shards/faces/manifest.json || $(BIN)/python -m services.ingest --config services/ingest/configs/shared.yaml --out shards/faces
+
+CONFIG ?= training/configs/mien-cpu.yaml
+model: shards ## shards -> training (goes on where it stopped) -> models/; CONFIG=... chooses the run
+	$(BIN)/python -m training --config $(CONFIG) export=models/mien-128
+
+lock: env ## pin every package again (after a change of pyproject.toml)
+	$(UV) pip compile --quiet --universal --all-extras --python-version 3.11 --generate-hashes \
+		--no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock' pyproject.toml -o requirements.lock
+
+clean: ## remove what make made, but not runs and shards
+	rm -rf $(VENV) .cache demo .pytest_cache .mypy_cache .ruff_cache .hypothesis
