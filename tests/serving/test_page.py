@@ -20,9 +20,14 @@ CHROMIUM = os.environ.get("MIEN_CHROMIUM") or next(
 )
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here (install one, or set MIEN_CHROMIUM)")
 
-ARGUMENTS = (
-    "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync --no-first-run"
-).split()
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
 
 # Counts what the page holds on to, and what it would store.
 INSPECT = """
@@ -59,7 +64,7 @@ def page(browser: Any, service: Any) -> Iterator[Any]:
     assert complaints == []
     assert outside == []
     assert page.evaluate("localStorage.length + sessionStorage.length + document.cookie.length") == 0
-    assert not service.url + "/?" in page.url
+    assert service.url + "/?" not in page.url
     context.close()
 
 
@@ -152,21 +157,22 @@ def test_problems_are_shown_in_words(page: Any, encode: Callable[..., bytes]) ->
     page.wait_for_selector("#alert:not([hidden])")
     assert "JPEG, PNG or WebP" in page.inner_text("#alert")
     page.set_input_files("#file", upload(encode(np.full((64, 64, 3), 99, np.uint8))))
-    page.wait_for_function("document.getElementById('faces-fact').textContent.startsWith('No face')")
+    sync_api.expect(page.locator("#faces-fact")).to_have_text("No face was found in this picture.", timeout=20_000)
     assert page.is_hidden("#alert")
     page.click("#anonymize")
     page.wait_for_selector("#alert:not([hidden])")
     assert "password is empty" in page.inner_text("#alert")
     page.fill("#password", "p")
     page.click("#anonymize")
-    page.wait_for_function("document.getElementById('alert').textContent.includes('No face was found')")
+    sync_api.expect(page.locator("#alert")).to_contain_text("No face was found", timeout=20_000)
 
 
 def test_pictures_no_longer_shown_are_let_go(page: Any, astronaut: bytes) -> None:
     anonymize(page, astronaut, "p")
     assert page.evaluate("held.size") == 2
-    page.click("#anonymize")
-    page.wait_for_function("document.getElementById('veil').hidden")
+    with page.expect_response("**/v1/anonymize"):
+        page.click("#anonymize")
+    page.wait_for_selector("#veil", state="hidden")
     assert page.evaluate("held.size") == 2
     page.click("#mode-recover")
     assert page.evaluate("held.size") == 0
