@@ -40,6 +40,7 @@ def ingest(
     crop_size: Annotated[int | None, typer.Option(help="Side of the square crops, pixels. [128]")] = None,
     shard_size: Annotated[int | None, typer.Option(help="Samples in a shard, at most. [1000]")] = None,
     image: Annotated[str | None, typer.Option(help="jpg (quality 95, 4:4:4) or png. [jpg]")] = None,
+    min_confidence: Annotated[float | None, typer.Option(help="Of the detector, at least. [0.95]")] = None,
     min_eyes: Annotated[float | None, typer.Option(help="Pixels between the eyes, at least. [16]")] = None,
     max_residual: Annotated[
         float | None, typer.Option(help="RMS distance of landmarks from the template, at most. [8]")
@@ -64,6 +65,8 @@ def ingest(
     Every file that cannot be used is listed with its reason in rejected.jsonl beside the manifest.
     """
     console = Console(stderr=True)
+    if "://" in out.as_posix() or out.as_posix().startswith("s3:/"):
+        raise IngestError(f"ingest writes to a folder, not to {out}; copy the folder to the bucket, manifest last")
     if verify_only:
         _report(console, verify(out))
         typer.echo(f"sound: {out / MANIFEST}")
@@ -74,6 +77,7 @@ def ingest(
         "crop_size": crop_size,
         "shard_size": shard_size,
         "image": image,
+        "min_confidence": min_confidence,
         "min_eyes": min_eyes,
         "max_residual": max_residual,
         "min_inside": min_inside,

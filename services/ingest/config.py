@@ -61,6 +61,7 @@ class IngestConfig(_Config):
     crop_size: int = Field(geometry.CROP_SIZE, ge=32, le=1024)
     shard_size: int = Field(1000, gt=0, description="samples in a shard, at most")
     image: Literal["jpg", "png"] = "jpg"
+    min_confidence: float = Field(0.95, ge=0, le=1, description="the detector's, where it is known, at least")
     min_eyes: float = Field(16.0, gt=0, description="pixels of the photo between the eyes, at least")
     max_residual: float = Field(
         8.0,

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import io
-import warnings
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from mien import geometry
 from mien.errors import InvalidImage
 from mien.geometry import Matrix, Points
+from mien.pictures import decode
 from services.ingest.config import Fill
 from services.ingest.sources import EXTENSIONS, Landmarks, Photo
 
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 # blocks would be learned as part of faces. Both cost about 14 kB a crop, a third of a PNG.
 _JPEG: dict[str, Any] = {"quality": 95, "subsampling": 0, "optimize": True}
 
+# Training photos show a few people; where a detector finds more than this, it has lost its way.
+_CROWD = 1000
+
 
 class Reason(StrEnum):
     """Why a file did not become a sample."""
@@ -34,7 +37,7 @@ class Reason(StrEnum):
     BROKEN = "broken picture"
     NO_IDENTITY = "in no person's folder"
     NO_LANDMARKS = "no landmarks"
-    NO_FACE = "no face found"
+    NO_FACE = "no face"
     TOO_SMALL = "face too small"
     LANDMARKS_OFF = "landmarks off"
     OUTSIDE = "mostly outside the picture"
@@ -71,6 +74,7 @@ class Limits:
 
     size: int
     image: str
+    min_confidence: float
     min_eyes: float
     max_residual: float
     min_inside: float
@@ -80,8 +84,8 @@ class Limits:
 class Finder(Protocol):
     """Finds the five landmarks of the face a photo is of."""
 
-    def __call__(self, pixels: NDArray[np.uint8]) -> Points | None:
-        """Pixels uint8 ``[H, W, 3]`` to float ``[5, 2]``, or None where there is no face."""
+    def __call__(self, pixels: NDArray[np.uint8]) -> Landmarks | None:
+        """In pixels uint8 ``[H, W, 3]``; None where there is no face."""
 
 
 class DetectedFace:
@@ -95,9 +99,9 @@ class DetectedFace:
         # Imported here: it brings torchvision, and a landmarks file makes it unnecessary.
         from mien.detection import MTCNNDetector
 
-        self._detector = MTCNNDetector()
+        self._detector = MTCNNDetector(min_confidence=0.0, max_faces=_CROWD)
 
-    def __call__(self, pixels: NDArray[np.uint8]) -> Points | None:
+    def __call__(self, pixels: NDArray[np.uint8]) -> Landmarks | None:
         centre = (np.array(pixels.shape[1::-1]) - 1) / 2
 
         def score(box: NDArray[np.float64]) -> float:
@@ -105,7 +109,10 @@ class DetectedFace:
             return side - float(np.linalg.norm((box[:2] + box[2:]) / 2 - centre))
 
         faces = self._detector.detect(pixels)
-        return max(faces, key=lambda face: score(np.asarray(face.box))).landmarks if faces else None
+        if not faces:
+            return None
+        face = max(faces, key=lambda face: score(face.box))
+        return Landmarks(face.landmarks, None, face.confidence)
 
 
 def crop(photo: Photo, landmarks: Landmarks | None, find: Finder | None, limits: Limits) -> Crop | Rejection:
@@ -127,15 +134,20 @@ def crop(photo: Photo, landmarks: Landmarks | None, find: Finder | None, limits:
         return reject(Reason.NO_LANDMARKS, "the landmarks file has none for it")
     try:
         data = photo.read()
-        pixels = decode(data)
+        pixels = decode(data).pixels
     except (OSError, InvalidImage) as error:
         return reject(Reason.BROKEN, str(error))
     height, width = pixels.shape[:2]
     if landmarks is not None and landmarks.size not in (None, (width, height)):
         return reject(Reason.LANDMARKS_OFF, f"found in a picture of {landmarks.size}, this one is {(width, height)}")
-    points = find(pixels) if find is not None else landmarks.points if landmarks is not None else None
-    if points is None:
+    if find is not None:
+        landmarks = find(pixels)
+    if landmarks is None:
         return reject(Reason.NO_FACE, "the detector found none")
+    if landmarks.confidence is not None and landmarks.confidence < limits.min_confidence:
+        detail = f"the detector's confidence is {landmarks.confidence:.3f}, of {limits.min_confidence:g} wanted"
+        return reject(Reason.NO_FACE, detail)
+    points = landmarks.points
     eyes = float(np.linalg.norm(points[1] - points[0]))
     if eyes < limits.min_eyes:
         return reject(Reason.TOO_SMALL, f"{eyes:.1f} px between the eyes, of {limits.min_eyes:g} wanted")
@@ -152,17 +164,6 @@ def crop(photo: Photo, landmarks: Landmarks | None, find: Finder | None, limits:
     low, right, bottom = -0.5, width - 0.5, height - 0.5
     outline = geometry.apply(matrix, np.array([[low, low], [right, low], [right, bottom], [low, bottom]]))
     return Crop(photo, hashlib.sha256(data).hexdigest(), image, placed, outline, inside)
-
-
-def decode(data: bytes) -> NDArray[np.uint8]:
-    """Any picture Pillow reads to uint8 ``[H, W, 3]``, turned upright; raises InvalidImage."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
-                return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except Exception as error:  # Pillow raises nearly anything on broken files
-        raise InvalidImage(f"cannot be decoded: {error}") from error
 
 
 def cut(pixels: NDArray[np.uint8], matrix: Matrix, size: int, fill: Fill) -> NDArray[np.uint8]:

@@ -166,6 +166,7 @@ def _crops(config: IngestConfig, item: Work, workers: int) -> Iterator[Crop | Re
     limits = Limits(
         size=config.crop_size,
         image=config.image,
+        min_confidence=config.min_confidence,
         min_eyes=config.min_eyes,
         max_residual=config.max_residual,
         min_inside=config.min_inside if item.source.min_inside is None else item.source.min_inside,
@@ -268,6 +269,7 @@ def _write(
         image=config.image,
         seed=config.seed,
         settings={
+            "min_confidence": config.min_confidence,
             "min_eyes": config.min_eyes,
             "max_residual": config.max_residual,
             "min_inside": config.min_inside,

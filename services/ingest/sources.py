@@ -21,7 +21,7 @@ import numpy as np
 from mien.geometry import Points
 from services.ingest.config import IngestError, Source
 
-EXTENSIONS: Final = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif"})
+EXTENSIONS: Final = frozenset({".jpg", ".jpeg", ".png", ".webp", ".avif"})
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class Landmarks:
     """A line of a landmarks file."""
 
     points: Points  # float [5, 2], pixels of the photo
-    size: tuple[int, int] | None  # (width, height) of the photo they were found in, where the file says
+    size: tuple[int, int] | None = None  # (width, height) of the photo they were found in, where the file says
+    confidence: float | None = None  # the detector's, in [0, 1], where the file says
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ def _identity(source: Source, name: str) -> str | None:
 
 
 def read_landmarks(path: Path) -> dict[str, Landmarks | None]:
-    """A landmarks file: one json object a line with ``file``, ``landmarks`` [[x, y] * 5] and perhaps ``size`` [w, h].
+    """A landmarks file: one json object a line with ``file``, ``landmarks`` [[x, y] * 5], perhaps ``size`` [w, h]
+    and ``prob``.
 
     Returns:
         Name to landmarks; None where the file says that there are none.
@@ -141,4 +143,9 @@ def _parse(row: dict[str, Any]) -> tuple[str, Landmarks | None]:
     if points.shape != (5, 2) or not np.isfinite(points).all():
         raise ValueError("not five finite points")
     size = row.get("size")
-    return name, Landmarks(points, (int(size[0]), int(size[1])) if size is not None else None)
+    confidence = row.get("prob")
+    return name, Landmarks(
+        points,
+        (int(size[0]), int(size[1])) if size is not None else None,
+        float(confidence) if confidence is not None else None,
+    )
