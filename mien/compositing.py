@@ -143,7 +143,7 @@ def layers(matrices: NDArray[np.float64], size: int, picture: tuple[int, int]) -
     for i, outline in enumerate(outlines):
         before, box = bounds[:i], bounds[i]
         near = (before[:, :2] <= box[2:]).all(axis=1) & (before[:, 2:] >= box[:2]).all(axis=1)
-        touching = [level[j] for j in np.flatnonzero(near) if _overlap(outlines[j], outline)]
+        touching = [level[j] for j in np.flatnonzero(near) if geometry.overlap(outlines[j], outline)]
         level.append(max(touching) + 1 if touching else 0)
     return [[i for i, of in enumerate(level) if of == n] for n in range(max(level) + 1)] if level else []
 
@@ -153,11 +153,11 @@ class _Region:
 
     def __init__(self, pixels: NDArray[np.uint8] | NDArray[np.float32], matrix: Matrix, size: int) -> None:
         height, width = pixels.shape[:2]
+        if not geometry.meets(matrix, size, (height, width)):
+            raise ValueError("a face's transform does not meet the picture")
         outline = _footprint(matrix, size, (height, width))
         x0, y0 = np.maximum(np.floor(outline.min(axis=0)).astype(int), 0)
         x1, y1 = np.minimum(np.ceil(outline.max(axis=0)).astype(int) + 1, (width, height))
-        if x0 >= x1 or y0 >= y1:
-            raise ValueError("a face's transform does not meet the picture")
         self.view = pixels[y0:y1, x0:x1]
         self.size = size
         self.matrix = geometry.compose(matrix, np.array([[1.0, 0.0, x0], [0.0, 1.0, y0]]))
@@ -255,14 +255,3 @@ def _footprint(matrix: Matrix, size: int, picture: tuple[int, int]) -> Points:
     high, low = np.maximum(high, -1 - low), np.minimum(low, 2 * edge - high)
     (left, top), (right, bottom) = np.maximum(low, -0.5), np.minimum(high, edge)
     return np.array([[left, top], [right, top], [right, bottom], [left, bottom]])
-
-
-def _overlap(a: Points, b: Points) -> bool:
-    """Whether two convex quadrilaterals share a point (separating axis theorem)."""
-    for polygon in (a, b):
-        sides = np.roll(polygon, -1, axis=0) - polygon
-        axes = np.stack([-sides[:, 1], sides[:, 0]], axis=1)
-        on_a, on_b = a @ axes.T, b @ axes.T
-        if ((on_a.max(axis=0) < on_b.min(axis=0)) | (on_b.max(axis=0) < on_a.min(axis=0))).any():
-            return False
-    return True

@@ -114,6 +114,24 @@ def corners(size: int) -> Points:
     return np.array([[low, low], [high, low], [high, high], [low, high]])
 
 
+def overlap(a: Points, b: Points) -> bool:
+    """Whether two convex polygons ``[K, 2]`` share a point (separating axis theorem)."""
+    for polygon in (a, b):
+        sides = np.roll(polygon, -1, axis=0) - polygon
+        axes = np.stack([-sides[:, 1], sides[:, 0]], axis=1)
+        on_a, on_b = a @ axes.T, b @ axes.T
+        if ((on_a.max(axis=0) < on_b.min(axis=0)) | (on_b.max(axis=0) < on_a.min(axis=0))).any():
+            return False
+    return True
+
+
+def meets(matrix: Matrix, size: int, picture: tuple[int, int]) -> bool:
+    """Whether a square crop cut by ``matrix`` shows any of a picture of (height, width)."""
+    height, width = picture
+    frame = np.array([[0.0, 0.0], [width, 0.0], [width, height], [0.0, height]]) - 0.5
+    return overlap(apply(invert(matrix), corners(size)), frame)
+
+
 # Recogniser crops as fixed transforms of Mien's square at 128. A least-squares similarity to a template composes with
 # any similarity between templates, so this equals aligning to the recogniser's template from the photo itself.
 TO_112: Final[Matrix] = fit_similarity(MIEN_128, RECOGNISER_112)

@@ -95,10 +95,7 @@ class Geometry(BaseModel):
             side = self.crop_size / scale
             if not 4 <= side <= 4 * max(self.width, self.height):
                 raise ValueError("a face has an impossible size")
-            middle = np.array([(self.crop_size - 1) / 2] * 2)
-            centre = geometry.apply(geometry.invert(np.array([[a, b, x], [c, d, y]])), middle)
-            # Half a side (a corner reaches further, but then nearly nothing of the crop is in the picture).
-            if not (-side / 2 < centre[0] < self.width + side / 2 and -side / 2 < centre[1] < self.height + side / 2):
+            if not geometry.meets(np.array([[a, b, x], [c, d, y]]), self.crop_size, (self.height, self.width)):
                 raise ValueError("a face lies outside the picture")
         return self
 

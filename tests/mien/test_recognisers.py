@@ -91,6 +91,7 @@ def _lfw_file(name: str, number: str) -> str:
 
 @pytest.mark.shared
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # half a minute on two idle cores
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_1200_lfw_pairs_are_told_apart_through_our_crop(shared: Path, lfw: Pairs, variant: str) -> None:
     assert len(lfw.same) == 1200
@@ -176,7 +177,8 @@ def test_sphereface_20_has_the_layers_of_its_paper(noise: Tensor) -> None:
     widths += [(512, 512)] * 2
     expected = sum(9 * a * b + 2 * b for a, b in widths) + 512 * 7 * 6 * 512 + 512
     assert sum(p.numel() for p in recogniser.parameters()) == expected
-    embeddings = recogniser(noise)
+    with torch.inference_mode():
+        embeddings = recogniser(noise)
     assert embeddings.shape == (4, recogniser.embedding_size)
     assert float(recognisers.cosine(embeddings[0], embeddings[1])) < 1 - 1e-6
 
@@ -205,6 +207,7 @@ def test_dlib_knows_the_same_face_mirrored_and_darker_and_no_other_picture(face:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # importing torchvision takes seconds on an idle machine
 def test_inception_resnet_is_built_by_facenet_pytorch_and_says_what_to_do_offline(
     noise: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
