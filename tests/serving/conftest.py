@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -87,25 +88,27 @@ def _serve(model: Path, folder: Path, **environment: str) -> Iterator[Service]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    with open(log, "wb") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "bentoml", "serve", "serving.service:MienService", "--port", str(port), *OPTIONS],
-            cwd=ROOT,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env={
-                **os.environ,
-                **LIMITS,
-                "MIEN_MODEL": str(model),
-                "BENTOML_HOME": str(home / "bentoml"),
-                "HOME": str(home),
-                "TMPDIR": str(home / "tmp"),
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": str(ROOT),
-                "PYTHONDONTWRITEBYTECODE": "1",
-                **environment,
-            },
-        )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bentoml", "serve", "serving.service:MienService", "--port", str(port), *OPTIONS],
+        cwd=ROOT,
+        # A pipe, as in a container: a test forbids the process to write to files.
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={
+            **os.environ,
+            **LIMITS,
+            "MIEN_MODEL": str(model),
+            "BENTOML_HOME": str(home / "bentoml"),
+            "HOME": str(home),
+            "TMPDIR": str(home / "tmp"),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            "PYTHONDONTWRITEBYTECODE": "1",
+            **environment,
+        },
+    )
+    copier = threading.Thread(target=_copy, args=(process, log), daemon=True)
+    copier.start()
     service = Service(process, f"http://127.0.0.1:{port}", home, log)
     try:
         deadline = time.monotonic() + 150
@@ -128,6 +131,14 @@ def _serve(model: Path, folder: Path, **environment: str) -> Iterator[Service]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        copier.join(10)
+
+
+def _copy(process: subprocess.Popen[bytes], log: Path) -> None:
+    assert process.stdout is not None
+    with open(log, "wb", buffering=0) as output:
+        while chunk := process.stdout.read1():  # type: ignore[attr-defined]
+            output.write(chunk)
 
 
 @pytest.fixture(scope="session")
