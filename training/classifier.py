@@ -36,14 +36,14 @@ class IdentityHead(nn.Module):
 
 
 def augment_view(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Slightly moved, scaled, rotated and blurred copies: what F is asked about must not hang on exact pixels.
+    """Slightly moved, scaled, rotated and at times coarser copies: what F is asked about must not hang on exact pixels.
 
     Args:
         images: float ``[B, 3, S, S]``.
         generator: on the CPU, so that every device draws the same.
     """
     b, size = images.shape[0], images.shape[-1]
-    draw = torch.rand(b, 5, generator=generator) * 2 - 1
+    draw = torch.rand(b, 4, generator=generator) * 2 - 1
     angle, zoom = draw[:, 0] * 0.1, 1 + draw[:, 1] * 0.06
     cos, sin = torch.cos(angle) * zoom, torch.sin(angle) * zoom
     theta = torch.stack(
@@ -51,7 +51,9 @@ def augment_view(images: Tensor, generator: torch.Generator) -> Tensor:
     ).to(images)
     grid = F.affine_grid(theta, [b, 3, size, size], align_corners=False)
     views = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    # Half of the views lose their finest detail, where an invisible pattern would hide.
-    soft = F.avg_pool2d(F.pad(views, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
-    amount = draw[:, 4].clamp(min=0).to(images)[:, None, None, None]
-    return views + amount * (soft - views)
+    # Half of the time F sees a coarse view: a pattern too fine for an eye must be of no use against it.
+    if torch.rand((), generator=generator) < 0.5:
+        coarse = round(size / (1.5 + 2.0 * torch.rand((), generator=generator).item()))
+        views = F.interpolate(views, size=(coarse, coarse), mode="bilinear", antialias=True, align_corners=False)
+        views = F.interpolate(views, size=(size, size), mode="bilinear", align_corners=False)
+    return views

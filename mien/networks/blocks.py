@@ -11,9 +11,7 @@ class CodeEmbedding(nn.Module):
 
     def __init__(self, bits: int, features: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(bits, features), nn.SiLU(), nn.Linear(features, features), nn.SiLU()
-        )
+        self.layers = nn.Sequential(nn.Linear(bits, features), nn.SiLU(), nn.Linear(features, features), nn.SiLU())
 
     def forward(self, codes: Tensor) -> Tensor:
         # x2: unit-variance inputs.

@@ -23,15 +23,14 @@ class ResNetConfig(BaseModel):
     width: PositiveInt = 64
     blocks: PositiveInt = 9
     # "batch" is the paper's. In evaluation it uses running statistics; the authors' code used the batch's own, which
-    # makes a face depend on its batch-mates. "group" has no batch statistics at all.
-    norm: Literal["group", "instance", "batch"] = "group"
+    # makes a face depend on its batch-mates. "group" has no batch statistics at all. Instance norm is not offered: a code
+    # enters as constant planes, whose contribution the first instance norm would subtract again.
+    norm: Literal["group", "batch"] = "group"
 
 
 def _norm(kind: str, channels: int) -> nn.Module:
     if kind == "batch":
         return nn.BatchNorm2d(channels)
-    if kind == "instance":
-        return nn.InstanceNorm2d(channels, affine=True)
     return nn.GroupNorm(min(32, channels // 4) or 1, channels)
 
 
