@@ -94,6 +94,7 @@ def ingest(
         return
     if (out / MANIFEST).exists() and not overwrite:
         raise IngestError(f"{out} holds shards already; give another --out, or --overwrite")
+    work = pipeline.plan(settings)  # what is wrong with a source is said before any bar is drawn
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -110,7 +111,7 @@ def ingest(
             speed = progress.tasks[tasks[stage]].speed
             progress.update(tasks[stage], completed=done, rate=f"{speed:.0f}/s" if speed else "")
 
-        manifest = pipeline.run(settings, out, workers=workers, overwrite=overwrite, advance=advance)
+        manifest = pipeline.run(settings, out, work=work, workers=workers, overwrite=overwrite, advance=advance)
     _report(console, manifest)
     typer.echo(f"{sum(manifest.samples.values())} crops in {len(manifest.shards)} shards: {out / MANIFEST}")
 

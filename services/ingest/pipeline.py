@@ -22,7 +22,6 @@ from typing import IO
 from mien import manifest as manifests
 from mien.geometry import Points
 from mien.manifest import MANIFEST, SPLITS, Manifest, SourceRecord, Split
-from mien.store import write_atomically
 from services.ingest import crops, shards, splits
 from services.ingest.config import IngestConfig, IngestError, Source
 from services.ingest.crops import Crop, DetectedFace, Limits, Reason, Rejection
@@ -63,6 +62,7 @@ def run(
     config: IngestConfig,
     out: Path,
     *,
+    work: list[Work] | None = None,
     workers: int = 1,
     overwrite: bool = False,
     advance: Advance = lambda stage, done, total: None,
@@ -75,6 +75,7 @@ def run(
     Args:
         config: sources and thresholds.
         out: folder, created where missing.
+        work: what :func:`plan` listed, where that was done already.
         workers: processes that decode and crop.
         overwrite: replace shards that are there.
         advance: told of progress.
@@ -86,7 +87,7 @@ def run(
     """
     if (out / MANIFEST).exists() and not overwrite:
         raise FileExistsError(f"{out} holds shards already")
-    work = plan(config)
+    work = plan(config) if work is None else work
     out.mkdir(parents=True, exist_ok=True)
     with _building_site(out) as site, open(site / "spool", "w+b") as spool:
         samples, rejected = _collect(config, work, spool, workers, advance)
@@ -319,6 +320,8 @@ def _building_site(out: Path) -> Iterator[Path]:
 
 def _publish(site: Path, out: Path, manifest: Manifest) -> None:
     """Move everything in, the manifest last: without one a folder is unfinished, and readers say so."""
+    from mien.store import write_atomically  # brings torch, which looking and verifying do without
+
     (out / MANIFEST).unlink(missing_ok=True)
     for old in out.glob("*.tar"):
         old.unlink()
