@@ -46,8 +46,10 @@ format: env ## let ruff put the code in order
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-shards: env ## crops and shards in shards/ from the pictures in MIEN_SHARED
-	test -e shards/faces/manifest.json || $(BIN)/python -m services.ingest --config services/ingest/configs/shared.yaml --out shards/faces
+shards: env ## crops and shards in shards/ from the pictures in MIEN_SHARED; nobody who looks like a test face is trained on
+	test -e shards/lfw/manifest.json || $(BIN)/python -m services.ingest --config services/ingest/configs/lfw.yaml --out shards/lfw
+	test -e shards/faces/manifest.json || $(BIN)/python -m services.ingest --config services/ingest/configs/shared.yaml \
+		--exclude-like shards/lfw --judge-weights $(MIEN_SHARED)/weights --out shards/faces
 
 CONFIG ?= training/configs/mien-cpu.yaml
 model: shards ## shards -> training (goes on where it stopped) -> models/; CONFIG=... chooses the run

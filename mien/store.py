@@ -83,7 +83,7 @@ def load(folder: str | os.PathLike[str]) -> tuple[nn.Module, ModelConfig]:
     digest = hashlib.sha256(weights).hexdigest()
     if digest != config.digest:
         raise ModelIntegrityError(
-            f"{folder / WEIGHTS} has sha256 {digest[:12]}..., but its config.json names {config.digest[:12] or 'none'}..."
+            f"{folder / WEIGHTS} has sha256 {digest[:12]}..., its config.json names {config.digest[:12] or 'none'}..."
             " Fetch the model again."
         )
     network = networks.build(config.architecture, bits=config.bits, size=config.crop_size)
@@ -113,7 +113,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -49,8 +49,8 @@ class ModulatedResidual(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         h = self.conv1(torch.nn.functional.silu(self.norm1(x, condition)))
-        h = self.conv2(torch.nn.functional.silu(self.norm2(h, condition)))
-        return x + h
+        out: Tensor = x + self.conv2(torch.nn.functional.silu(self.norm2(h, condition)))
+        return out
 
 
 def head_radius(x: Tensor, y: Tensor) -> Tensor:

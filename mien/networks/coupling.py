@@ -17,6 +17,7 @@ added is multiplied by a fixed head mask: outside it the picture stays what it w
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Final, Literal
 
 import torch
@@ -26,7 +27,6 @@ from torch import Tensor, nn
 
 from mien.networks.blocks import CodeEmbedding, ModulatedNorm, ModulatedResidual, head_mask
 from mien.networks.wavelet import analyse, synthesise
-
 
 # Updates are added to atanh(0.9 x), where black and white are at +-1.47: the same update moves a pixel near the ends of
 # the range less, so that little is clipped when the picture is saved. An 8-bit step grows at most 4.7-fold on its way
@@ -56,13 +56,11 @@ class _Update(nn.Module):
         super().__init__()
         widths, c = config.widths, config.condition
         self.stem = nn.Conv2d(inputs, widths[0], 3, padding=1)
-        self.down = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths, widths[1:], strict=False)
-        )
+        self.down = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(widths))
         self.blocks = nn.ModuleList(
             nn.ModuleList(ModulatedResidual(w, c) for _ in range(config.blocks)) for w in widths[1:]
         )
-        self.up = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in zip(widths, widths[1:], strict=False))
+        self.up = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in pairwise(widths))
         self.norm = ModulatedNorm(widths[0], c)
         self.head = nn.Conv2d(widths[0], outputs, 3, padding=1)
         nn.init.zeros_(self.head.weight)

@@ -23,8 +23,8 @@ class ResNetConfig(BaseModel):
     width: PositiveInt = 64
     blocks: PositiveInt = 9
     # "batch" is the paper's. In evaluation it uses running statistics; the authors' code used the batch's own, which
-    # makes a face depend on its batch-mates. "group" has no batch statistics at all. Instance norm is not offered: a code
-    # enters as constant planes, whose contribution the first instance norm would subtract again.
+    # makes a face depend on its batch-mates. "group" has no batch statistics at all. Instance norm is not offered:
+    # a code enters as constant planes, whose contribution the first instance norm would subtract again.
     norm: Literal["group", "batch"] = "group"
 
 

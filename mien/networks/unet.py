@@ -6,6 +6,7 @@ under a soft head mask, so that the background is kept by construction.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -44,10 +45,8 @@ class UNetTransformer(nn.Module):
         self.encoder = nn.ModuleList(
             nn.ModuleList(ModulatedResidual(w, c) for _ in range(config.blocks)) for w in widths
         )
-        self.down = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in zip(widths, widths[1:], strict=False)
-        )
-        self.up = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in zip(widths, widths[1:], strict=False))
+        self.down = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(widths))
+        self.up = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in pairwise(widths))
         self.merge = nn.ModuleList(nn.Conv2d(2 * a, a, 1) for a in widths[:-1])
         self.decoder = nn.ModuleList(
             nn.ModuleList(ModulatedResidual(w, c) for _ in range(config.blocks)) for w in widths
@@ -74,7 +73,7 @@ class UNetTransformer(nn.Module):
             if level < last:
                 x = F.interpolate(self.up[level](x), scale_factor=2.0, mode="nearest")
                 x = self.merge[level](torch.cat([x, skips[level]], dim=1))
-            for block in self.decoder[level]:  # type: ignore[union-attr]
+            for block in self.decoder[level]:  # type: ignore[attr-defined]
                 x = block(x, condition)
         change = F.pixel_shuffle(self.head(F.silu(self.norm(x, condition))), self.fold)
         return images + self.mask * change

@@ -18,7 +18,7 @@ def _shift(x: Tensor, dim: int, by: int) -> Tensor:
 
 
 def _split(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    pairs = x.unflatten(dim, (-1, 2))
+    pairs = x.reshape(*x.shape[:dim], -1, 2, *x.shape[dim + 1 :])
     even, odd = pairs.select(dim + 1, 0), pairs.select(dim + 1, 1)
     high = odd - (even + _shift(even, dim, 1)) / 2
     return even + (high + _shift(high, dim, -1)) / 4, high
@@ -31,7 +31,7 @@ def _join(low: Tensor, high: Tensor, dim: int) -> Tensor:
 
 
 def analyse(x: Tensor) -> tuple[Tensor, Tensor]:
-    """One level: float ``[B, C, H, W]`` (even sides) to the low band ``[B, C, H/2, W/2]`` and details ``[B, 3C, ...]``."""
+    """One level: float ``[B, C, H, W]``, even sides, to low band ``[B, C, H/2, W/2]`` and details ``[B, 3C, ...]``."""
     low, high = _split(x, 3)
     (ll, lh), (hl, hh) = _split(low, 2), _split(high, 2)
     return ll, torch.cat([lh, hl, hh], dim=1)
