@@ -82,8 +82,9 @@ async function describeService() {
       $("model").textContent = ` · model ${model.digest.slice(0, 12)} · version ${model.version}`;
       return;
     }
-    $("service").dataset.state = "";
-    $("service-text").textContent = "Starting…";
+    const failed = (await fetch("healthz", { cache: "no-store" })).status === 503;
+    $("service").dataset.state = failed ? "down" : "";
+    $("service-text").textContent = failed ? "No model could be loaded" : "Starting…";
   } catch {
     $("service").dataset.state = "down";
     $("service-text").textContent = "Not reachable";

@@ -73,7 +73,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             if ".head." in name or ".affine." in name:
-                parameter.normal_(0, 0.05)
+                parameter.normal_(0, 0.07)
     folder = tmp_path_factory.mktemp("model") / "tiny"
     store.save(folder, network, store.ModelConfig(architecture=architecture), card="# A model for tests\n")
     return folder
