@@ -7,6 +7,7 @@ those are set aside.
 from __future__ import annotations
 
 import io
+import json
 import os
 import tarfile
 from collections import defaultdict
@@ -68,7 +69,8 @@ def resembling(
             advance(done, total)
         return np.concatenate(rows)
 
-    gallery = embedded(_pictures(test_set, known))
+    names: list[str] = []
+    gallery = embedded(_pictures(test_set, known, names))
     probes = embedded(sample.image(spool) for sample in samples)
     of_unit: dict[str, list[int]] = defaultdict(list)
     for index, sample in enumerate(samples):
@@ -76,11 +78,12 @@ def resembling(
     found: dict[str, str] = {}
     for unit, members in of_unit.items():
         mean = probes[members].mean(axis=0)
-        nearest = float((gallery @ (mean / np.linalg.norm(mean))).max())
-        if nearest >= max_cosine:
+        cosines = gallery @ (mean / np.linalg.norm(mean))
+        nearest = int(cosines.argmax())
+        if cosines[nearest] >= max_cosine:
             whose = unit if samples[members[0]].identity is not None else "the picture"
             for index in members:
-                found[samples[index].key] = f"{whose} has cosine {nearest:.2f} with a picture of the test set"
+                found[samples[index].key] = f"{whose} has cosine {cosines[nearest]:.2f} with {names[nearest]}"
     return found
 
 
@@ -101,12 +104,18 @@ def _embedder(weights: Path) -> Callable[[list[bytes]], Embeddings]:
     return embed
 
 
-def _pictures(prefix: Path, manifest: manifests.Manifest) -> Iterator[bytes]:
+def _pictures(prefix: Path, manifest: manifests.Manifest, names: list[str]) -> Iterator[bytes]:
+    """Every picture of a folder of shards; what each is called where it came from is appended to ``names``."""
     for shard in manifest.shards:
         with tarfile.open(prefix / shard.name, "r:") as tar:
-            for member in tar:
-                if not member.name.endswith(".json") and (file := tar.extractfile(member)) is not None:
-                    yield file.read()
+            files = {member.name: member for member in tar}
+            for name, member in files.items():
+                record = files.get(name.removesuffix(manifest.image) + "json")
+                if name.endswith(f".{manifest.image}") and record is not None:
+                    picture, text = tar.extractfile(member), tar.extractfile(record)
+                    if picture is not None and text is not None:
+                        names.append(json.load(text)["source"])
+                        yield picture.read()
 
 
 def _batched(pictures: Iterable[bytes], size: int) -> Iterator[list[bytes]]:

@@ -591,6 +591,7 @@ def test_people_of_the_test_set_are_set_aside_whole_and_others_stay(
     rejected = [json.loads(line) for line in (tmp_path / "train" / "rejected.jsonl").read_text().splitlines()]
     set_aside = {row["file"] for row in rejected if row["reason"] == Reason.LIKE_TEST_SET.value}
     assert {name.split("/")[0] for name in set_aside} == {known}
+    assert all("with faces/Somebody/x.jpg" in row["detail"] for row in rejected if row["file"] in set_aside)
     assert len(manifest.identities["train"].names) == 3
     assert f"faces/{known}" not in manifest.identities["train"].names
     assert manifest.settings["excluded_like"] == manifests.digest(tmp_path / "test")
