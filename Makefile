@@ -34,7 +34,7 @@ demo-stop: ## stop the service that `make demo` started
 	@$(BIN)/python -m serving.demo --stop
 
 test: env ## every test that needs no cluster and no GPU
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: env ## ruff, mypy (strict in mien/), import contracts
 	$(BIN)/ruff format --check .

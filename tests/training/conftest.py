@@ -76,12 +76,12 @@ def tiny(shards: Path, tmp_path: Path) -> RunConfig:
             "discriminator": {"width": 8, "layers": 2, "pool_size": 6, "augment": True},
             "predictor": {"width": 8},
             "objective": {"save": True, "save_jpeg": 0.3, "save_rescale": 0.3, "near_miss": 0.5},
-            "total_images": 24,
-            "batch": 4,
+            "total_images": 12,
+            "batch": 2,
             "ema": 20,
             "device": "cpu",
-            "log_every": 4,
-            "sample_every": 12,
-            "checkpoint_every": 8,
+            "log_every": 2,
+            "sample_every": 6,
+            "checkpoint_every": 4,
         }
     )

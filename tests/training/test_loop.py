@@ -55,13 +55,13 @@ def test_every_architecture_trains_exports_and_loads_by_one_line_of_config(
     }[architecture]
     raw = tiny.model_dump() | {
         "architecture": options,
-        "total_images": 8,
-        "data": {**tiny.data.model_dump(), "limit": 8},
+        "total_images": 4,
+        "data": {**tiny.data.model_dump(), "limit": 4},
     }
     outcome = train(RunConfig.model_validate(raw))
     assert outcome.finished and outcome.model is not None
     network, config = store.load(outcome.model)
-    assert config.architecture.name == architecture and config.images_seen == 8 and config.bits == 8
+    assert config.architecture.name == architecture and config.images_seen == 4 and config.bits == 8
     out = network(torch.zeros(1, 3, 64, 64), torch.full((1, 8), 0.5))
     assert out.shape == (1, 3, 64, 64) and torch.isfinite(out).all()
     assert "images seen" in (outcome.model / store.CARD).read_text().lower()
@@ -72,13 +72,13 @@ def test_a_run_logs_figures_and_grids_to_its_folder_and_to_mlflow(tiny: RunConfi
     import mlflow
 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    config = tiny.model_copy(update={"mlflow": uri, "total_images": 12})
+    config = tiny.model_copy(update={"mlflow": uri, "total_images": 6})
     os.environ["MLFLOW_ARTIFACT_ROOT"] = str(tmp_path / "artifacts")
     mlflow.MlflowClient(uri).create_experiment("mien", artifact_location=(tmp_path / "artifacts").as_uri())
     outcome = train(config)
     folder = Path(config.runs) / config.name
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert [x["nimg"] for x in lines if "loss" in x] == [4, 8, 12]
+    assert [x["nimg"] for x in lines if "loss" in x] == [2, 4, 6]
     assert {"images_per_second", "data_wait", "recovery", "q_accuracy"} <= lines[0].keys()
     grids = sorted((folder / "samples").glob("*.png"))
     assert grids and np.asarray(Image.open(grids[0])).shape == (4 * 64, 6 * 64, 3)
@@ -95,7 +95,7 @@ def test_a_run_logs_figures_and_grids_to_its_folder_and_to_mlflow(tiny: RunConfi
 def test_a_run_that_stops_and_goes_on_equals_one_that_never_stopped(tiny: RunConfig, tmp_path: Path) -> None:
     whole = tiny.model_copy(update={"runs": str(tmp_path / "whole")})
     train(whole)
-    for stop in (8, 16):
+    for stop in (4, 8):
         outcome = train(tiny, stop_at=stop)
         assert not outcome.finished and outcome.nimg == stop
     assert train(tiny).finished
@@ -151,11 +151,11 @@ def test_sigterm_saves_and_exits_with_a_code_that_kubernetes_retries(tiny: RunCo
     process.communicate(timeout=120)
     assert process.returncode == 143
     found = checkpoint.latest(Path(tiny.runs) / "tiny" / "checkpoints")
-    assert found is not None and found[0] >= 4
+    assert found is not None and found[0] >= 2
 
 
 def test_a_run_that_exists_refuses_another_config(tiny: RunConfig) -> None:
-    train(tiny, stop_at=4)
+    train(tiny, stop_at=2)
     other = tiny.model_copy(update={"optimizer": tiny.optimizer.model_copy(update={"lr": 0.5})})
     with pytest.raises(ValueError, match="optimizer"):
         train(other)
@@ -163,6 +163,6 @@ def test_a_run_that_exists_refuses_another_config(tiny: RunConfig) -> None:
 
 def test_a_tracker_that_fails_does_not_stop_training(tiny: RunConfig, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("mlflow")
-    outcome = train(tiny.model_copy(update={"mlflow": "http://127.0.0.1:9", "total_images": 4}))
+    outcome = train(tiny.model_copy(update={"mlflow": "http://127.0.0.1:9", "total_images": 2}))
     assert outcome.finished
     assert "does not answer" in caplog.text
