@@ -443,7 +443,8 @@ def _password(password_file: Path | None, *, confirm: bool) -> str:
         raise Stop(
             "No password. Nobody can be asked here: use --password-file or the variable MIEN_PASSWORD.", BAD_PASSWORD
         )
-    return str(typer.prompt("Password", hide_input=True, confirmation_prompt=confirm, err=True))
+    again = "The same password again" if confirm else False
+    return str(typer.prompt("Password", hide_input=True, confirmation_prompt=again, err=True))
 
 
 def _first_line(path: Path) -> str:
