@@ -86,6 +86,7 @@ class WeightsConfig(Config):
     recovered_identity: NonNegativeFloat = Field(0.0, description="1 - cos(I, R)")
     perceptual: NonNegativeFloat = Field(0.0, description="LPIPS(I, R)")
     likeness: NonNegativeFloat = Field(0.0, description="LPIPS(I, A) and LPIPS(I, WR): keep pose, light and style")
+    roughness: NonNegativeFloat = Field(0.0, description="Laplacian of A - I and WR - I: no lattices")
     range: NonNegativeFloat = Field(0.0, description="pixels outside [-1, 1], which saving would clip away")
 
 

@@ -118,3 +118,13 @@ def recovered_identity(image: Tensor, recovered: Tensor) -> Tensor:
 def out_of_range(images: Sequence[Tensor]) -> Tensor:
     """Mean distance outside [-1, 1]: what saving would clip away and recovery would miss."""
     return torch.stack([F.relu(x.abs() - 1).mean() for x in images]).mean()
+
+
+def roughness(changed: Sequence[Tensor], image: Tensor) -> Tensor:
+    """Mean absolute Laplacian of what was changed, over the images given: lattices cost much, shades little."""
+    total = image.new_zeros(())
+    for x in changed:
+        d = x - image
+        laplacian = 4 * d[..., 1:-1, 1:-1] - d[..., :-2, 1:-1] - d[..., 2:, 1:-1] - d[..., 1:-1, :-2] - d[..., 1:-1, 2:]
+        total = total + laplacian.abs().mean()
+    return total / len(changed)

@@ -28,7 +28,8 @@ class CodePredictor(nn.Module):
         self.heads = nn.Linear(channels, bits // 4 * 16)
 
     def forward(self, before: Tensor, after: Tensor) -> Tensor:
-        pooled = self.features(torch.cat([before, after], dim=1)).mean(dim=(2, 3))
+        # The pair as its first image and its change: the same information, and a small change is not lost in a face.
+        pooled = self.features(torch.cat([before, 4 * (after - before)], dim=1)).mean(dim=(2, 3))
         out: Tensor = self.heads(pooled)
         return out.unflatten(1, (-1, 16))
 

@@ -303,6 +303,8 @@ class Trainer:
             weight = self._border if o.face_weighted_background else None
             if w.background:
                 terms["background"] = (w.background, objective.background(changed, images, weight))
+            if w.roughness:
+                terms["roughness"] = (w.roughness, objective.roughness(changed, images))
             if w.range:
                 terms["range"] = (w.range, objective.out_of_range(list(made.values())))
         loss = torch.stack([factor * value for factor, value in terms.values()]).sum()

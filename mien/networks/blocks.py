@@ -7,22 +7,28 @@ from torch import Tensor, nn
 
 
 class CodeEmbedding(nn.Module):
-    """Codes float ``[B, N]`` in {-0.5, +0.5} to a conditioning vector float ``[B, features]``."""
+    """Codes float ``[B, N]`` in {-0.5, +0.5} to a conditioning vector float ``[B, features]``.
+
+    A linear path beside the perceptron carries every bit from the first step on.
+    """
 
     def __init__(self, bits: int, features: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(bits, features), nn.SiLU(), nn.Linear(features, features), nn.SiLU())
+        self.layers = nn.Sequential(nn.Linear(bits, features), nn.SiLU(), nn.Linear(features, features))
+        self.direct = nn.Linear(bits, features, bias=False)
+        nn.init.normal_(self.direct.weight, std=bits**-0.5)
 
     def forward(self, codes: Tensor) -> Tensor:
-        # x2: unit-variance inputs.
-        out: Tensor = self.layers(codes * 2)
+        codes = codes * 2  # unit variance
+        out: Tensor = self.layers(codes) + self.direct(codes)
         return out
 
 
 class ModulatedNorm(nn.Module):
     """Group norm whose gain and bias are predicted from the code: per sample, no batch statistics.
 
-    The prediction starts at zero, so that a fresh network is conditioned by nothing it has not learned.
+    The code is felt from the start: were the prediction zero, no loss could tell two codes apart and Q (paper, eq. 18)
+    would find nothing to read.
     """
 
     def __init__(self, channels: int, condition: int) -> None:
@@ -30,6 +36,8 @@ class ModulatedNorm(nn.Module):
         groups = max(g for g in (1, 2, 4, 8, 16) if channels % g == 0 and channels // g >= 4)
         self.norm = nn.GroupNorm(groups, channels, affine=False)
         self.affine = nn.Linear(condition, 2 * channels)
+        nn.init.normal_(self.affine.weight, std=0.5 * condition**-0.5)
+        nn.init.zeros_(self.affine.bias)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         gain, bias = self.affine(condition)[:, :, None, None].chunk(2, dim=1)

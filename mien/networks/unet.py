@@ -7,7 +7,7 @@ under a soft head mask, so that the background is kept by construction.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,9 @@ from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor, nn
 
 from mien.networks.blocks import CodeEmbedding, ModulatedNorm, ModulatedResidual, head_mask
+
+# See mien.networks.coupling.
+_HEAD_STD: Final = 0.03
 
 
 class UNetConfig(BaseModel):
@@ -53,7 +56,7 @@ class UNetTransformer(nn.Module):
         )
         self.norm = ModulatedNorm(widths[0], c)
         self.head = nn.Conv2d(widths[0], 3 * config.fold**2, 3, padding=1)
-        nn.init.zeros_(self.head.weight)
+        nn.init.normal_(self.head.weight, std=_HEAD_STD)
         if self.head.bias is not None:
             nn.init.zeros_(self.head.bias)
         self.register_buffer("mask", head_mask(size), persistent=False)

@@ -100,10 +100,11 @@ def test_the_coupling_network_recovers_by_construction_whatever_its_weights() ->
 
 
 @pytest.mark.parametrize("name", ["unet", "coupling"])
-def test_networks_that_edit_in_place_start_as_the_identity_and_keep_the_border(name: str) -> None:
+def test_networks_that_edit_in_place_start_near_the_identity_and_keep_the_border(name: str) -> None:
     images, codes = _input(2, SIZE)
     fresh = networks.build(SMALL[name], bits=BITS, size=SIZE)
-    assert torch.allclose(fresh(images, codes), images, atol=1e-5)
+    start = (fresh(images, codes) - images).abs().mean()
+    assert 0 < start < 0.2  # near, but not at it: the code must be felt for Q to learn
     changed = _network(name, SIZE)(images, codes)
     ring = torch.ones(SIZE, SIZE, dtype=torch.bool)
     ring[2:-2, 2:-2] = False

@@ -189,12 +189,15 @@ def test_a_model_that_cannot_be_loaded_makes_the_process_unhealthy(tmp_path: Pat
 
 
 def test_a_face_that_does_not_change_never_leaves_the_service(tmp_path: Path, astronaut: bytes) -> None:
-    """A fresh reversible network is the identity: the very model that must not be trusted."""
+    """A reversible network without updates is the identity: the very model that must not be trusted."""
     from mien import networks, store
 
     architecture = networks.CouplingConfig(widths=(16, 24), condition=32)
     folder = tmp_path / "identity"
     network = networks.build(architecture, bits=16, size=128)
+    for name, parameter in network.named_parameters():
+        if ".head." in name:
+            parameter.data.zero_()
     store.save(folder, network, store.ModelConfig(architecture=architecture), card="# Identity\n")
     lines = Lines()
     engine = loaded(folder, lines)

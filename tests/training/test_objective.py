@@ -134,3 +134,19 @@ def test_identity_terms_are_cosines_and_their_complement(rng: np.random.Generato
 def test_out_of_range_counts_only_what_saving_would_clip() -> None:
     x = torch.tensor([-1.5, -1.0, 0.0, 1.0, 2.0])
     assert objective.out_of_range([x]).item() == pytest.approx((0.5 + 1.0) / 5, abs=TOLERANCE)
+
+
+def test_roughness_is_the_laplacian_of_the_change_and_prefers_shades_to_lattices() -> None:
+    image = torch.zeros(1, 1, 16, 16, dtype=torch.float64)
+    change = np.random.default_rng(1).normal(size=(16, 16))
+    expected = np.mean(
+        [
+            abs(4 * change[y, x] - change[y - 1, x] - change[y + 1, x] - change[y, x - 1] - change[y, x + 1])
+            for y in range(1, 15)
+            for x in range(1, 15)
+        ]
+    )
+    got = objective.roughness([torch.from_numpy(change)[None, None]], image).item()
+    assert got == pytest.approx(expected, abs=TOLERANCE)
+    shade = torch.linspace(0, 1, 16, dtype=torch.float64).expand(1, 1, 16, 16)
+    assert objective.roughness([shade], image).item() == pytest.approx(0, abs=1e-12)
