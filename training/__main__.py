@@ -17,6 +17,13 @@ def main() -> int:
     parser.add_argument("--config", required=True, help="YAML or JSON file")
     parser.add_argument("--dry-run", action="store_true", help="print the whole config and what would run, and stop")
     parser.add_argument("--stop-at", type=int, help="save and stop once so many images are seen")
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="SECTION",
+        help="go on although this section of the config differs from the run's (a curriculum)",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optimizer.lr=2e-4")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
@@ -32,7 +39,7 @@ def main() -> int:
     from training.loop import train
 
     try:
-        outcome = train(config, stop_at=arguments.stop_at)
+        outcome = train(config, stop_at=arguments.stop_at, allow_change=frozenset(arguments.allow_change))
     except (MienError, ShardError, ValueError) as error:
         sys.stderr.write(f"training: {error}\n")
         return 1

@@ -38,11 +38,13 @@ class Outcome:
     model: Path | None
 
 
-def train(config: RunConfig, *, stop_at: int | None = None) -> Outcome:
+def train(config: RunConfig, *, stop_at: int | None = None, allow_change: frozenset[str] = frozenset()) -> Outcome:
     """Train until ``config.total_images``; goes on from the last whole checkpoint where the run exists.
 
     Args:
         config: the run.
+        allow_change: sections in which the config may differ from the one the run began with (a curriculum); every
+            config a run has had is kept in its folder.
         stop_at: end (with a checkpoint) once so many images are seen: for tests and for rationed machines.
 
     Raises:
@@ -56,7 +58,7 @@ def train(config: RunConfig, *, stop_at: int | None = None) -> Outcome:
         torch.set_num_threads(config.threads)
     folder = Path(config.runs) / config.name
     (folder / "samples").mkdir(parents=True, exist_ok=True)
-    _same_config(config, folder)
+    _same_config(config, folder, allow_change)
     shards = FaceShards(config.data.shards, "train", limit=config.data.limit)
     validation = Validation(FaceShards(config.data.shards, "val", limit=256), config, device)
     order = Order(len(shards), config.seed)
@@ -231,16 +233,21 @@ _MAY_CHANGE = {"runs", "device", "threads", "compile", "log_every", "sample_ever
                "keep_checkpoints", "mlflow", "total_images"}  # fmt: skip
 
 
-def _same_config(config: RunConfig, folder: Path) -> None:
+def _same_config(config: RunConfig, folder: Path, allow_change: frozenset[str]) -> None:
     path, mine = folder / "config.json", config.model_dump(mode="json")
     if path.exists():
         theirs = json.loads(path.read_text())
-        differing = sorted(k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k))
-        if set(differing) - _MAY_CHANGE:
+        differing = {k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k)}
+        forbidden = sorted(differing - _MAY_CHANGE - allow_change)
+        if forbidden:
             raise ValueError(
-                f"the run {folder} exists with another {', '.join(sorted(set(differing) - _MAY_CHANGE))}; "
-                "give this one another name, or go on with the old config"
+                f"the run {folder} exists with another {', '.join(forbidden)}; give this one another name, go on with "
+                f"the old config, or say --allow-change {forbidden[0]}"
             )
+        if differing & allow_change:
+            number = len(list(folder.glob("config.until-*.json")))
+            store.write_atomically(folder / f"config.until-{number}.json", path.read_bytes())
+            logger.info("going on with another %s", ", ".join(sorted(differing & allow_change)))
     store.write_atomically(path, (json.dumps(mine, indent=2) + "\n").encode())
 
 

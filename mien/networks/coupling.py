@@ -29,7 +29,7 @@ from mien.networks.blocks import CodeEmbedding, ModulatedNorm, ModulatedResidual
 from mien.networks.wavelet import analyse, synthesise
 
 # A fresh network changes a face a little under each code: a start at exactly nothing leaves Q nothing to read.
-_HEAD_STD: Final = 0.03
+_HEAD_GAIN: Final = 0.5
 
 # Updates are added to atanh(0.9 x), where black and white are at +-1.47: the same update moves a pixel near the ends of
 # the range less, so that little is clipped when the picture is saved. An 8-bit step grows at most 4.7-fold on its way
@@ -66,7 +66,7 @@ class _Update(nn.Module):
         self.up = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in pairwise(widths))
         self.norm = ModulatedNorm(widths[0], c)
         self.head = nn.Conv2d(widths[0], outputs, 3, padding=1)
-        nn.init.normal_(self.head.weight, std=_HEAD_STD)
+        nn.init.normal_(self.head.weight, std=_HEAD_GAIN * (9 * widths[0]) ** -0.5)
         if self.head.bias is not None:
             nn.init.zeros_(self.head.bias)
 

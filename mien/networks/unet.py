@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mien.networks.blocks import CodeEmbedding, ModulatedNorm, ModulatedResidual, head_mask
 
 # See mien.networks.coupling.
-_HEAD_STD: Final = 0.03
+_HEAD_GAIN: Final = 0.5
 
 
 class UNetConfig(BaseModel):
@@ -56,7 +56,7 @@ class UNetTransformer(nn.Module):
         )
         self.norm = ModulatedNorm(widths[0], c)
         self.head = nn.Conv2d(widths[0], 3 * config.fold**2, 3, padding=1)
-        nn.init.normal_(self.head.weight, std=_HEAD_STD)
+        nn.init.normal_(self.head.weight, std=_HEAD_GAIN * (9 * widths[0]) ** -0.5)
         if self.head.bias is not None:
             nn.init.zeros_(self.head.bias)
         self.register_buffer("mask", head_mask(size), persistent=False)

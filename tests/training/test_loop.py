@@ -154,11 +154,15 @@ def test_sigterm_saves_and_exits_with_a_code_that_kubernetes_retries(tiny: RunCo
     assert found is not None and found[0] >= 2
 
 
-def test_a_run_that_exists_refuses_another_config(tiny: RunConfig) -> None:
+def test_a_run_that_exists_refuses_another_config_unless_it_is_told_to_go_on(tiny: RunConfig) -> None:
     train(tiny, stop_at=2)
     other = tiny.model_copy(update={"optimizer": tiny.optimizer.model_copy(update={"lr": 0.5})})
-    with pytest.raises(ValueError, match="optimizer"):
+    with pytest.raises(ValueError, match="--allow-change optimizer"):
         train(other)
+    outcome = train(other, stop_at=4, allow_change=frozenset({"optimizer"}))
+    assert outcome.nimg == 4
+    before = json.loads((Path(tiny.runs) / "tiny" / "config.until-0.json").read_text())
+    assert before["optimizer"]["lr"] == tiny.optimizer.lr
 
 
 def test_a_tracker_that_fails_does_not_stop_training(tiny: RunConfig, caplog: pytest.LogCaptureFixture) -> None:
