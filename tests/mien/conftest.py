@@ -69,8 +69,3 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def model(model_folder: Path, detector: MTCNNDetector) -> Model:
     return load(model_folder, device="cpu", detector=detector)
-
-
-def rms(a: object, b: object) -> float:
-    """Root mean square difference of two pictures, 8-bit steps."""
-    return float(np.sqrt(np.mean((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2)))
