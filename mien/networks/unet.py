@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mien.networks.blocks import CodeEmbedding, ModulatedNorm, ModulatedResidual, head_mask
 
 # See mien.networks.coupling.
-_HEAD_GAIN: Final = 0.5
+_HEAD_GAIN: Final = 0.2
 
 
 class UNetConfig(BaseModel):
