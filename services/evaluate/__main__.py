@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from rich.table import Table
 
+from mien import manifest
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 # What people said of the paper's pictures (its section 5.3), in percent: the nearest it has to these shares.
@@ -23,7 +25,7 @@ def main(
     model: Annotated[Path, typer.Option(help="model folder")],
     shards: Annotated[Path, typer.Option(help="folder of shards with its manifest")],
     out: Annotated[Path, typer.Option(help="where the figures go, JSON")] = Path("report.json"),
-    split: Annotated[str, typer.Option(help="train, val or test")] = "test",
+    split: Annotated[manifest.Split, typer.Option(help="train, val or test")] = "test",
     weights: Annotated[
         Path | None, typer.Option(help="folder with mobilefacenet_ms1m.safetensors and lpips_alex.safetensors")
     ] = None,

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from mien import passwords
+from mien import manifest, passwords
 from mien.recognisers import Recogniser
 
 Pixels = NDArray[np.uint8]
@@ -42,29 +42,26 @@ class Faces:
     identities: list[int | None]
 
 
-def read_shards(prefix: Path, split: str, limit: int | None, seed: int) -> Faces:
+def read_shards(prefix: Path, split: manifest.Split, limit: int | None, seed: int) -> Faces:
     """Crops of a split, a seeded sample of ``limit`` of them.
 
     Raises:
-        FileNotFoundError: there is no manifest at ``prefix``.
+        mien.manifest.ShardError: there is no manifest at ``prefix``, or it is not one.
         ValueError: the split is empty.
     """
-    manifest = json.loads((prefix / "manifest.json").read_text())
     images: dict[str, bytes] = {}
     labels: dict[str, int | None] = {}
-    for shard in manifest["shards"]:
-        if shard["split"] != split:
-            continue
-        with tarfile.open(prefix / shard["name"]) as tar:
+    for shard in manifest.read(prefix).of(split):
+        with tarfile.open(prefix / shard.name) as tar:
             for member in tar:
                 file = tar.extractfile(member)
                 key, _, extension = member.name.partition(".")
                 if file is None:
                     continue
                 if extension == "json":
-                    labels[f"{shard['name']}/{key}"] = json.load(file)["identity"]
+                    labels[f"{shard.name}/{key}"] = json.load(file)["identity"]
                 else:
-                    images[f"{shard['name']}/{key}"] = file.read()
+                    images[f"{shard.name}/{key}"] = file.read()
     keys = sorted(images)
     if not keys:
         raise ValueError(f"{prefix} has no sample in split {split!r}")
