@@ -9,8 +9,11 @@ the crops of several callers meet.
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Sequence
+import re
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
 from typing import Final, Literal
 
 import numpy as np
@@ -33,6 +36,9 @@ _BATCH: Final = 32
 
 # A crop whose strongest change is below this (of 2, so half an 8-bit step) was not changed.
 _UNCHANGED: Final = 1 / 255
+
+# Two letters at least: C:\models is a folder.
+_SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
 
 
 @dataclass(frozen=True)
@@ -57,20 +63,45 @@ def load(
     device: str | None = None,
     detector: Detector | None = None,
 ) -> Model:
-    """Load a model folder.
+    """Load a model.
 
     Args:
-        path: folder with ``model.safetensors`` and ``config.json``.
+        path: folder with ``model.safetensors`` and ``config.json``, or the URI of a registered model
+            (``models:/mien@champion``, ``models:/mien/3``; needs the serve or the train extra).
         realm: public name of the deployment; one password gives different codes in different realms.
         device: torch device; a CUDA device where there is one by default, else the CPU.
         detector: finds faces; MTCNN by default, loaded when it is first needed.
 
     Raises:
-        ModelError: the folder is missing, incomplete or of an unknown format.
+        ModelError: the folder is missing, incomplete or of an unknown format; nothing installed knows the URI's scheme.
         ModelIntegrityError: the weights do not have the digest that the config names.
     """
-    network, config = store.load(path)
+    network, config = store.load(locate(path))
     return Model(network, config, realm=realm, device=device, detector=detector)
+
+
+def locate(path: str | os.PathLike[str]) -> Path:
+    """The folder of a model given as a folder or as a URI.
+
+    The library knows no registry: what fetches a URI is whatever is installed as the entry point of its scheme in the
+    group ``mien.models``, a function from the URI to a folder.
+
+    Raises:
+        ModelError: nothing installed knows the scheme, or it could not fetch the model.
+    """
+    scheme = _SCHEME.match(path) if isinstance(path, str) else None
+    if scheme is None:
+        return Path(path)
+    found = [entry for entry in metadata.entry_points(group="mien.models") if entry.name == scheme[1].lower()]
+    if not found:
+        raise ModelError(f"nothing installed can load a model from {scheme[1]}: URIs; give a folder")
+    try:
+        fetch: Callable[[str], Path] = found[0].load()
+    except ImportError as error:
+        raise ModelError(
+            f"models from {scheme[1]}: URIs need the serve or the train extra: pip install 'mien[serve]' ({error})"
+        ) from error
+    return Path(fetch(str(path)))
 
 
 class Model:

@@ -1,7 +1,8 @@
-"""What a caller may ask for beside the picture: one model for form fields and JSON values alike."""
+"""What a caller may ask for beside the picture: one model for form fields, JSON values and gRPC messages alike."""
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
@@ -9,15 +10,49 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, V
 from serving.problems import MalformedRequest
 
 
-def _split(value: Any) -> Any:
+def _numbers(value: Any) -> Any:
     """``"0,2"`` as a form writes it; an empty field is one that was not filled in."""
     if isinstance(value, str):
         return [part.strip() for part in value.split(",")] if value.strip() else None
     return value
 
 
+def _boxes(value: Any) -> Any:
+    """``"10,20,90,120;200,20,280,120"`` as a form writes it."""
+    if isinstance(value, str):
+        return [part.split(",") for part in value.split(";")] if value.strip() else None
+    return value
+
+
+def _mapping(value: Any) -> Any:
+    """``{"0": "..."}``: a form's field holds the JSON text of it."""
+    if isinstance(value, str):
+        if not value.strip():
+            return None
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            # `from None`: the chained error's message would quote it.
+            raise ValueError("it is not a JSON object") from None
+    return value
+
+
 def _lower(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
+
+
+Index = Annotated[int, Field(ge=0, le=9999)]
+Coordinate = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
+Box = tuple[Coordinate, Coordinate, Coordinate, Coordinate]
+"""left, top, right, bottom in pixels of the upright picture."""
+Indices = Annotated[
+    Annotated[list[Index], Field(min_length=1, max_length=1000)] | None,
+    BeforeValidator(_numbers),
+]
+Boxes = Annotated[
+    Annotated[list[Box], Field(min_length=1, max_length=1000)] | None,
+    BeforeValidator(_boxes),
+]
 
 
 class DetectOptions(BaseModel):
@@ -29,11 +64,42 @@ class DetectOptions(BaseModel):
 class EditOptions(DetectOptions):
     """``/v1/anonymize`` and ``/v1/recover``."""
 
-    password: SecretStr = Field(description="1 to 1,024 characters of any script")
-    faces: Annotated[
-        Annotated[list[Annotated[int, Field(ge=0, le=9999)]], Field(min_length=1, max_length=1000)] | None,
-        BeforeValidator(_split),
-    ] = Field(None, description="which faces, by their place in the answer of /v1/detect; all if not given")
+    password: SecretStr | None = Field(
+        None, description="1 to 1,024 characters of any script; for every face that `passwords` does not name"
+    )
+    passwords: Annotated[
+        Annotated[dict[Index, SecretStr], Field(min_length=1, max_length=32)] | None,
+        BeforeValidator(_mapping),
+    ] = Field(
+        None,
+        description=(
+            'passwords of single faces by number, {"0": "..."}; a form\'s field holds the JSON text. Without '
+            "`password`, recover changes only the faces named here; anonymize refuses to leave a selected face as it is"
+        ),
+    )
+    faces: Indices = Field(
+        None,
+        description=(
+            "which faces to change, by their place in the answer of /v1/detect (recover: among those changed then); "
+            "all where neither this nor `boxes` is given. A form writes 0,2"
+        ),
+    )
+    boxes: Boxes = Field(
+        None,
+        description=(
+            "which faces to change, by where they are: for each box the face that overlaps it most, which must overlap "
+            "it well. A form writes left,top,right,bottom;..."
+        ),
+    )
+    exclude_faces: Indices = Field(None, description="faces to leave alone, by number; wins over `faces` and `boxes`")
+    exclude_boxes: Boxes = Field(None, description="faces to leave alone: all that overlap one of these boxes well")
+    aligned: bool = Field(
+        False,
+        description=(
+            "the picture is one aligned crop, or several one below the other: nothing is detected or blended. "
+            "/v1/model names the crop size"
+        ),
+    )
     format: Annotated[Literal["png", "jpeg", "webp"], BeforeValidator(_lower)] = Field(
         "png", description="format of the answer; recovery is exact to rounding only from png"
     )
@@ -52,9 +118,12 @@ def parse(kind: type[OptionsT], fields: Any) -> OptionsT:
             field's name comes from the caller, and may be a password in the wrong place.
     """
     try:
-        return kind.model_validate(fields)
+        options = kind.model_validate(fields)
     except ValidationError as error:
         raise MalformedRequest(_describe(kind, error)) from None
+    if isinstance(options, EditOptions) and options.password is None and options.passwords is None:
+        raise MalformedRequest("The field 'password' is missing.")
+    return options
 
 
 def _describe(kind: type[DetectOptions], error: ValidationError) -> str:
