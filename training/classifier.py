@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from training.draws import Draws
+
 
 class IdentityHead(nn.Module):
     """Cosine softmax over ``identities`` classes (Wang et al. 2018, CosFace, without its margin).
@@ -35,15 +37,15 @@ class IdentityHead(nn.Module):
                 self.centres[identity] = F.normalize(unit[identities == identity].mean(dim=0), dim=0)
 
 
-def augment_view(images: Tensor, generator: torch.Generator) -> Tensor:
+def augment_view(images: Tensor, draws: Draws) -> Tensor:
     """Slightly moved, scaled, rotated and at times coarser copies: what F is asked about must not hang on exact pixels.
 
     Args:
         images: float ``[B, 3, S, S]``.
-        generator: on the CPU, so that every device draws the same.
+        draws: whose samples these images are of, one block of the batch a kind.
     """
     b, size = images.shape[0], images.shape[-1]
-    draw = torch.rand(b, 4, generator=generator) * 2 - 1
+    draw = (draws.rows(b, 4) * 2 - 1).float()
     angle, zoom = draw[:, 0] * 0.1, 1 + draw[:, 1] * 0.06
     cos, sin = torch.cos(angle) * zoom, torch.sin(angle) * zoom
     theta = torch.stack(
@@ -52,8 +54,9 @@ def augment_view(images: Tensor, generator: torch.Generator) -> Tensor:
     grid = F.affine_grid(theta, [b, 3, size, size], align_corners=False)
     views = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
     # Half of the time F sees a coarse view: a pattern too fine for an eye must be of no use against it.
-    if torch.rand((), generator=generator) < 0.5:
-        coarse = round(size / (1.5 + 2.0 * torch.rand((), generator=generator).item()))
+    is_coarse, amount = draws.shared(2).tolist()
+    if is_coarse < 0.5:
+        coarse = round(size / (1.5 + 2.0 * amount))
         views = F.interpolate(views, size=(coarse, coarse), mode="bilinear", antialias=True, align_corners=False)
         views = F.interpolate(views, size=(size, size), mode="bilinear", align_corners=False)
     return views

@@ -144,17 +144,26 @@ class RunConfig(Config):
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     total_images: PositiveInt = Field(description="length of the run in images seen (nimg)")
-    batch: PositiveInt = 48
+    batch: PositiveInt = Field(48, description="images a step, over all processes and micro-batches together")
     ema: float = Field(0.0, ge=0, description="half-life of the averaged weights in images; 0 exports the raw ones")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: PositiveInt | None = Field(None, description="CPU threads; None leaves torch's choice")
+    strategy: Literal["ddp", "zero1", "zero2"] = Field(
+        "ddp", description="how processes share the work: plain data parallel, or DeepSpeed's ZeRO 1 or 2"
+    )
+    accumulate: PositiveInt = Field(1, description="micro-batches that a process cuts its part of a batch into")
+    timeout: PositiveFloat = Field(300, description="seconds after which a process that waits for another gives up")
+    max_skipped: PositiveInt = Field(10, description="steps in a row that may be skipped because they were not finite")
     bf16: bool = False
     channels_last: bool = False
     compile: bool = False
     log_every: PositiveInt = Field(1_000, description="images between log lines")
     sample_every: PositiveInt = Field(20_000, description="images between sample grids and validation figures")
     checkpoint_every: PositiveInt = Field(20_000, description="images between checkpoints")
-    keep_checkpoints: PositiveInt = 2
+    checkpoints: str | None = Field(
+        None, description="folder or s3:// prefix for checkpoints; None puts them in the run's folder"
+    )
+    keep_checkpoints: PositiveInt = Field(2, description="so many of the newest are kept, and the best one")
     export: str | None = Field(None, description="folder for the finished model; None puts it in the run's folder")
     mlflow: str | None = Field(None, description="tracking URI; None logs to the run folder alone")
 

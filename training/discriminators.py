@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from training.config import DiscriminatorConfig
+from training.draws import Draws
 from training.perceptual import AlexFeatures
 
 KINDS = ("anonymized", "recovered", "wrong")
@@ -84,21 +85,21 @@ class Discriminators(nn.Module):
         self._features = (features,)
 
     def forward(
-        self, made: dict[str, Tensor], real: Tensor | None = None, generator: torch.Generator | None = None
+        self, made: dict[str, Tensor], real: Tensor | None = None, draws: Draws | None = None
     ) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
         """Scores of made images and, where given, of real ones as every kind's networks see them.
 
         Args:
             made: images of each kind (of :data:`KINDS`), float ``[B, 3, S, S]`` in [-1, 1].
             real: float ``[B, 3, S, S]``.
-            generator: for the augmentation, where that is configured.
+            draws: for the augmentation, where that is configured.
 
         Returns:
             For the made and for the real images: for each kind its list of score maps, float ``[B, 1, h, w]``.
         """
         images = torch.cat([*([real] if real is not None else []), *made.values()])
-        if self.augment and generator is not None:
-            images = diff_augment(images, generator)
+        if self.augment and draws is not None:
+            images = diff_augment(images, draws)
         parts = len(made) + (real is not None)
         shared = [self.coarse(F.avg_pool2d(images, 2))]
         if self.heads is not None and self._features[0] is not None:
@@ -117,15 +118,15 @@ class Discriminators(nn.Module):
         return made_scores, real_scores
 
 
-def diff_augment(images: Tensor, generator: torch.Generator) -> Tensor:
+def diff_augment(images: Tensor, draws: Draws) -> Tensor:
     """Differentiable augmentation (Zhao et al. 2020): brightness, saturation, contrast, translation by up to 1/8.
 
     Args:
         images: float ``[B, 3, S, S]`` in [-1, 1].
-        generator: on the CPU; the draws are the same on every device.
+        draws: whose samples these images are of, one block of the batch a kind.
     """
     b, _, size, _ = images.shape
-    draw = torch.rand(b, 5, generator=generator).to(images)
+    draw = draws.rows(b, 5).to(images)
     scalar = draw[:, :, None, None, None]
     images = images + (scalar[:, 0] - 0.5) * 0.4
     mean = images.mean(dim=1, keepdim=True)

@@ -21,6 +21,7 @@ from mien import networks, store
 from training import checkpoint
 from training.config import RunConfig
 from training.data import FaceShards, Order
+from training.draws import Draws
 from training.export import export, git_commit
 from training.samples import chain, from_uint8, grid
 from training.step import Trainer, draw_codes
@@ -133,8 +134,7 @@ class Validation:
         batch = shards.decode(np.arange(len(shards)))
         self.images = from_uint8(batch.images)
         self.device, self.bits = device, config.bits
-        generator = torch.Generator().manual_seed(20)
-        self.codes = draw_codes(len(self.images), config.bits, near_miss=0.0, generator=generator)
+        self.codes = draw_codes(config.bits, near_miss=0.0, draws=Draws(20, 0, len(self.images)))
         # A frozen copy: F itself moves while it trains, and figures must be comparable along a run.
         self.recogniser = recognisers.load(config.recogniser.name, config.recogniser.weights).eval().to(device)
 

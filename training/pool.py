@@ -1,9 +1,17 @@
-"""The buffer of generated images that D is trained on (Shrivastava et al. 2017; the paper keeps 500)."""
+"""The buffer of generated images that D is trained on (Shrivastava et al. 2017; the paper keeps 500).
+
+The buffer is cut into lanes, one for each place in the batch: the image at place ``i`` is exchanged with images that
+were once at place ``i``, and with no other. Samples come in random order, so a place means nothing and the mixture of
+ages is the same; but a process that makes a part of the batch needs its own lanes alone, no image crosses the network,
+and what comes out does not depend on how the batch is divided.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from training.draws import Draws
 
 
 class ImagePool:
@@ -12,32 +20,49 @@ class ImagePool:
     Args:
         size: 0 switches the buffer off.
         shape: shape of one image.
+        batch: images in a whole batch, the number of lanes; slot ``s`` belongs to lane ``s % batch``.
     """
 
-    def __init__(self, size: int, shape: tuple[int, ...]) -> None:
-        self.size = size
+    def __init__(self, size: int, shape: tuple[int, ...], batch: int) -> None:
+        self.size, self.batch = size, batch
         self.images = torch.zeros((size, *shape), dtype=torch.bfloat16)
-        self.filled = 0
+        self.filled = torch.zeros(size, dtype=torch.bool)
 
-    def exchange(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """``[B, ...]`` in, ``[B, ...]`` out, detached; draws come from ``generator`` (on the CPU)."""
+    def exchange(self, images: Tensor, draws: Draws, place: int = 0) -> Tensor:
+        """``[B, ...]`` in, ``[B, ...]`` out, detached.
+
+        Args:
+            images: consecutive images of the batch.
+            draws: of the same samples.
+            place: of the first image in the whole batch.
+        """
         images = images.detach()
         if self.size == 0:
             return images
         out = images.clone()
-        for i in range(images.shape[0]):
-            if self.filled < self.size:
-                self.images[self.filled] = images[i]
-                self.filled += 1
-            elif torch.rand((), generator=generator) < 0.5:
-                j = int(torch.randint(self.size, (), generator=generator))
-                out[i] = self.images[j].to(images)
-                self.images[j] = images[i]
+        for i, (swap, which) in enumerate(draws.rows(len(images), 2).tolist()):
+            slots = range(place + i, self.size, self.batch)
+            empty = next((s for s in slots if not self.filled[s]), None)
+            if empty is not None:
+                self.images[empty] = images[i]
+                self.filled[empty] = True
+            elif slots and swap < 0.5:
+                slot = slots[int(which * len(slots))]
+                out[i] = self.images[slot].to(images)
+                self.images[slot] = images[i]
         return out
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"images": self.images, "filled": torch.tensor(self.filled)}
+    def state_dict(self, first: int = 0, last: int | None = None) -> dict[str, Tensor]:
+        """The whole buffer; with ``first`` and ``last``, zeros but for the lanes of these places of the batch, so that
+        the sum over processes is the whole."""
+        mine = torch.arange(self.size) % self.batch
+        mine = (mine >= first) & (mine < (self.batch if last is None else last))
+        images = torch.where(mine.view(-1, *[1] * (self.images.dim() - 1)), self.images, torch.zeros_like(self.images))
+        return {"images": images, "filled": self.filled & mine}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.images.copy_(state["images"])
-        self.filled = int(state["filled"])
+        filled = state["filled"]
+        if filled.dim() == 0:  # checkpoints of before the lanes have the number of filled slots
+            filled = torch.arange(self.size) < filled
+        self.filled.copy_(filled)

@@ -2,6 +2,10 @@
 
 T runs once a step; both stages use its output. As in the paper, A2 and WR2 exist for the feature dissimilarity alone
 and every other loss sees A1 and WR1 only, which saves memory.
+
+A step is over a whole batch, of which every process holds a part and works through it in one or more micro-batches
+(``accumulate``; then T runs a second time for the second stage instead of keeping every graph). Losses are scaled to a
+micro-batch's share of the whole, so gradients and figures are those of the whole batch however it is divided.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mien import networks, recognisers
+from mien.errors import MienError
 from mien.networks.blocks import head_mask
-from training import objective, saving
+from training import objective, saving, strategies
 from training.classifier import IdentityHead, augment_view
 from training.config import RunConfig
 from training.discriminators import Discriminators
+from training.distributed import World, alone
+from training.draws import Draws
 from training.ema import EMA
 from training.perceptual import AlexFeatures
 from training.pool import ImagePool
@@ -37,14 +45,15 @@ class Codes:
     other_wrong: Tensor
 
 
-def draw_codes(batch: int, bits: int, *, near_miss: float, generator: torch.Generator) -> Codes:
-    """Uniform codes; a share ``near_miss`` of the first wrong ones is one to three bits away from right.
+def draw_codes(bits: int, *, near_miss: float, draws: Draws) -> Codes:
+    """Uniform codes, one row a sample; a share ``near_miss`` of the first wrong ones is one to three bits from right.
 
     Right is the inverse of ``first``. Wrong codes are never right, and pairs never equal.
     """
+    batch = len(draws)
 
     def uniform() -> Tensor:
-        return torch.randint(0, 2, (batch, bits), generator=generator).bool()
+        return draws.rows(batch, bits) < 0.5
 
     def differ(code: Tensor, *others: Tensor) -> Tensor:
         # Equal codes are rare (2^-16); flipping one bit is enough to part them.
@@ -57,13 +66,65 @@ def draw_codes(batch: int, bits: int, *, near_miss: float, generator: torch.Gene
     first = uniform()
     right = ~first
     second = differ(uniform(), first)
-    count = torch.randint(1, min(4, bits + 1), (batch, 1), generator=generator)
-    rank = torch.rand(batch, bits, generator=generator).argsort(dim=1).argsort(dim=1)
+    count = 1 + (draws.rows(batch, 1) * min(3, bits)).long()
+    rank = draws.rows(batch, bits).argsort(dim=1).argsort(dim=1)
     near = right ^ (rank < count)
-    is_near = torch.rand(batch, 1, generator=generator) < near_miss
+    is_near = draws.rows(batch, 1) < near_miss
     wrong = torch.where(is_near, near, differ(uniform(), right))
     other_wrong = differ(uniform(), right, wrong)
     return Codes(*(networks.codes_to_tensor(c) for c in (first, second, wrong, other_wrong)))
+
+
+class TrainingDiverged(MienError):
+    """Losses or gradients were not finite for too many steps in a row."""
+
+
+# Streams of draws; the data's augmentation has number 0.
+_CODES, _SAVING, _JUDGING, _TRANSFORMING = range(1, 5)
+
+
+@dataclass(frozen=True)
+class Micro:
+    """A micro-batch: consecutive samples of a step's batch.
+
+    Attributes:
+        images: float ``[B, 3, S, S]`` in [-1, 1].
+        identities: int64 ``[B]``, -1 where unlabelled.
+        codes: on the device.
+        start: number of its first sample in the run.
+        step: number of the whole batch's first sample in the run.
+        share: of the whole batch.
+        labelled_share: of the whole batch's labelled samples, in relation to this micro-batch's mean over them.
+    """
+
+    images: Tensor
+    identities: Tensor
+    codes: Codes
+    seed: int
+    start: int
+    step: int
+    share: float
+    labelled_share: float
+
+    def draws(self, stream: int) -> Draws:
+        return Draws(self.seed, self.start, self.start + len(self.images), step=self.step, stream=stream)
+
+
+class _Figures:
+    """Sums a step's figures, each weighted with its micro-batch's share, without waiting for the device."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, value: Tensor, share: float) -> None:
+        value = value.detach().float() * share
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def whole(self, world: World) -> dict[str, float]:
+        """The figures of the whole batch, the same on all processes."""
+        if not self._sums:
+            return {}
+        return dict(zip(self._sums, world.sum(*torch.stack(list(self._sums.values())).tolist()), strict=True))
 
 
 class Trainer:
@@ -73,10 +134,13 @@ class Trainer:
         config: the run.
         identities: number of training identities, for F's classification head.
         device: where everything lives.
+        world: the processes; by default this one alone.
     """
 
-    def __init__(self, config: RunConfig, *, identities: int, device: torch.device) -> None:
+    def __init__(self, config: RunConfig, *, identities: int, device: torch.device, world: World | None = None) -> None:
         self.config, self.device = config, device
+        self.world = world or alone(device)
+        self.skipped = {"steps": 0, "in_a_row": 0}
         torch.manual_seed(config.seed)
         size, weights = config.crop_size, config.objective.weights
         self.transformer = networks.build(config.architecture, bits=config.bits, size=size)
@@ -107,6 +171,8 @@ class Trainer:
         for frozen in self.discriminators._features:
             if frozen is not None:
                 frozen.to(device)
+        for module in self._modules().values():
+            self.world.broadcast_(module)
         self.ema = EMA(self.transformer, config.ema)
         o = config.optimizer
         adam = {"betas": o.betas, "fused": device.type == "cuda"}
@@ -122,8 +188,23 @@ class Trainer:
                 [*self.recogniser.parameters(), *self.head.parameters()], lr=o.lr_recogniser, **adam
             )
         self._base_rates = {name: opt.param_groups[0]["lr"] for name, opt in self.optimizers.items()}
+        members = {
+            "transformer": {"transformer": self.transformer, "predictor": self.predictor},
+            "discriminators": {"discriminators": self.discriminators},
+            "recogniser": {"recogniser": self.recogniser, "head": self.head},
+        }
+        self.players = {
+            name: strategies.create(
+                config.strategy,
+                nn.ModuleDict(members[name]),
+                optimizer,
+                self.world,
+                clip=o.clip if name == "transformer" else None,
+            )
+            for name, optimizer in self.optimizers.items()
+        }
         self.pools = {
-            kind: ImagePool(config.discriminator.pool_size, (3, size, size))
+            kind: ImagePool(config.discriminator.pool_size, (3, size, size), config.batch)
             for kind in ("anonymized", "recovered", "wrong")
         }
         mask = head_mask(size)
@@ -144,36 +225,83 @@ class Trainer:
 
     # -- one step ---------------------------------------------------------------------------------------------------
 
-    def step(self, images: Tensor, identities: Tensor, nimg: int) -> dict[str, float]:
-        """Both stages on one batch.
+    def step(self, images: Tensor, identities: Tensor, nimg: int, *, place: int = 0) -> dict[str, float]:
+        """Both stages on one batch. All processes call it alike, each with its part of the batch.
 
         Args:
             images: float ``[B, 3, S, S]`` in [-1, 1].
             identities: int64 ``[B]``, -1 where unlabelled.
             nimg: images seen before this step; with the seed it decides every random draw of the step.
+            place: of the part's first image in the whole batch.
 
         Returns:
-            The losses, unweighted, and Q's accuracy.
+            The losses of the whole batch, unweighted, and Q's accuracy; ``skipped`` alone where the step changed
+            nothing, or not everything, because something in it was not finite.
+
+        Raises:
+            TrainingDiverged: that happened ``config.max_skipped`` times in a row.
         """
-        # The step's draws come from (seed, nimg) alone, so that resuming needs no generator state.
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + nimg)
         self._schedule(nimg)
-        codes = draw_codes(
-            len(images), self.config.bits, near_miss=self.config.objective.near_miss, generator=generator
-        )
-        codes = Codes(*(getattr(codes, f).to(self.device) for f in ("first", "second", "wrong", "other_wrong")))
         self.transformer.train()
         if self.config.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        with self._autocast():
-            made = self._generate(images, codes, generator)
-        log = self._discriminate(images, identities, made, generator)
-        log |= self._transform(images, identities, codes, made, generator, nimg)
-        self.ema.update(self.transformer, len(images), nimg + len(images))
-        return log
+        micros = self._micro_batches(images, identities, nimg, place)
+        alone = len(micros) == 1
+        with self._autocast(), nullcontext() if alone else torch.no_grad():
+            made = [self._generate(micro) for micro in micros]
+        # Checked before D's buffer keeps any of it. Every decision is taken by all processes together: one that left
+        # out a collective operation would leave the others waiting in it.
+        finite = torch.stack([torch.isfinite(x.detach()).all() for one in made for x in one.values()]).all()
+        figures = _Figures()
+        whole = not self.world.any(not bool(finite))
+        if whole:
+            whole = self._discriminate(micros, made, figures)
+            taken = self._transform(micros, made[0] if alone else None, figures, nimg)
+            if taken:
+                self._average_buffers()
+                size = round(1 / micros[0].share * len(micros[0].images))
+                self.ema.update(self.transformer, size, nimg + size)
+            whole = whole and taken
+        if whole:
+            self.skipped["in_a_row"] = 0
+            return figures.whole(self.world)
+        self.skipped = {k: v + 1 for k, v in self.skipped.items()}
+        if self.skipped["in_a_row"] >= self.config.max_skipped:
+            raise TrainingDiverged(
+                f"losses or gradients were not finite in {self.skipped['in_a_row']} steps in a row, up to image {nimg};"
+                " start again from an earlier checkpoint with a smaller optimizer.lr, optimizer.clip, or without bf16"
+            )
+        return {"skipped": 1.0}
 
-    def _generate(self, images: Tensor, codes: Codes, generator: torch.Generator) -> dict[str, Tensor]:
-        o = self.config.objective
+    def _micro_batches(self, images: Tensor, identities: Tensor, nimg: int, place: int) -> list[Micro]:
+        counts = self.world.sum(len(images), int((identities >= 0).sum()))
+        pieces = min(self.config.accumulate, len(images))
+        micros = []
+        for i in range(pieces):
+            part = slice(len(images) * i // pieces, len(images) * (i + 1) // pieces)
+            labels = identities[part]
+            start = nimg + place + part.start
+            codes = draw_codes(
+                self.config.bits,
+                near_miss=self.config.objective.near_miss,
+                draws=Draws(self.config.seed, start, start + len(labels), step=nimg, stream=_CODES),
+            )
+            micros.append(
+                Micro(
+                    images[part],
+                    labels,
+                    Codes(*(getattr(codes, f).to(self.device) for f in ("first", "second", "wrong", "other_wrong"))),
+                    seed=self.config.seed,
+                    start=start,
+                    step=nimg,
+                    share=len(labels) / counts[0],
+                    labelled_share=int((labels >= 0).sum()) / max(1.0, counts[1]),
+                )
+            )
+        return micros
+
+    def _generate(self, micro: Micro) -> dict[str, Tensor]:
+        o, images, codes = self.config.objective, micro.images, micro.codes
         twice = o.weights.feature > 0
         anonymized = self._run_transformer(
             torch.cat([images, images]) if twice else images,
@@ -184,6 +312,7 @@ class Trainer:
             made["A2"] = anonymized[len(images) :]
         source = made["A1"]
         if o.save:
+            generator = micro.draws(_SAVING).generator()
             source = saving.save(source, jpeg_share=o.save_jpeg, rescale_share=o.save_rescale, generator=generator)
         keys = {"R": -codes.first} if self.recovers else {}
         if o.wrong_recovery:
@@ -195,61 +324,76 @@ class Trainer:
         recovered = self._run_transformer(source.repeat(len(keys), 1, 1, 1), torch.cat(list(keys.values()))).float()
         return made | dict(zip(keys, recovered.chunk(len(keys)), strict=True))
 
-    def _discriminate(
-        self, images: Tensor, identities: Tensor, made: dict[str, Tensor], generator: torch.Generator
-    ) -> dict[str, float]:
-        """First stage: D learns real from made, F learns to see through A and WR."""
-        c, log = self.config, {}
-        if c.objective.weights.gan:
-            optimizer = self.optimizers["discriminators"]
-            kinds = self._judged(made)
+    def _discriminate(self, micros: list[Micro], made: list[dict[str, Tensor]], figures: _Figures) -> bool:
+        """First stage: D learns real from made, F learns to see through A and WR. Whether all of it was finite."""
+        finite = True
+        if self.config.objective.weights.gan:
+            player = self.players["discriminators"]
             self.discriminators.requires_grad_(True)
-            with self._autocast():
-                pooled = {kind: self.pools[kind].exchange(x, generator) for kind, x in kinds.items()}
-                fake, real = self.discriminators(pooled, images, generator)
-                loss = objective.gan_discriminator(real, fake)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            log["d"] = loss.item()
+            player.begin()
+            for micro, one in zip(micros, made, strict=True):
+                loss = player.backward(partial(self._judge, micro, one), last=micro is micros[-1])
+                figures.add("d", loss, 1.0)
+            finite = player.update() and finite
+            self.discriminators.requires_grad_(False)
         if self.learns_recogniser:
-            optimizer = self.optimizers["recogniser"]
+            player = self.players["recogniser"]
             self.recogniser.requires_grad_(True)
             self.head.requires_grad_(True)
-            names = [n for n in ("A1", "WR1") if n in made]
-            with self._autocast():
-                everything = torch.cat([images, *(made[n].detach() for n in [*names, "R"])])
-                logits = self.head(self.recogniser(everything)).float().chunk(len(names) + 2)
-                loss = objective.classification(logits[:-1], identities)
-                if c.recogniser.against_recovered:
-                    loss = loss - c.recogniser.against_recovered * objective.classification(logits[-1:], identities)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+            player.begin()
+            for micro, one in zip(micros, made, strict=True):
+                loss = player.backward(partial(self._classify, micro, one), last=micro is micros[-1])
+                figures.add("f", loss, 1.0)
+            finite = player.update() and finite
             self.recogniser.requires_grad_(False)
             self.head.requires_grad_(False)
-            log["f"] = loss.item()
-        return log
+        return finite
 
-    def _transform(
-        self,
-        images: Tensor,
-        identities: Tensor,
-        codes: Codes,
-        made: dict[str, Tensor],
-        generator: torch.Generator,
-        nimg: int,
-    ) -> dict[str, float]:
-        """Second stage: T and Q against the updated D and F."""
+    def _judge(self, micro: Micro, made: dict[str, Tensor]) -> Tensor:
+        """D's loss on a micro-batch, scaled to its share."""
+        draws = micro.draws(_JUDGING)
+        place = micro.start - micro.step
+        with self._autocast():
+            pooled = {kind: self.pools[kind].exchange(x, draws, place) for kind, x in self._judged(made).items()}
+            fake, real = self.discriminators(pooled, micro.images, draws)
+            return objective.gan_discriminator(real, fake) * micro.share
+
+    def _classify(self, micro: Micro, made: dict[str, Tensor]) -> Tensor:
+        """F's loss on a micro-batch, scaled to its share."""
+        names = [n for n in ("A1", "WR1") if n in made]
+        with self._autocast():
+            everything = torch.cat([micro.images, *(made[n].detach() for n in [*names, "R"])])
+            logits = self.head(self.recogniser(everything)).float().chunk(len(names) + 2)
+            loss = objective.classification(logits[:-1], micro.identities)
+            against = self.config.recogniser.against_recovered
+            if against:
+                loss = loss - against * objective.classification(logits[-1:], micro.identities)
+            return loss * micro.labelled_share
+
+    def _transform(self, micros: list[Micro], made: dict[str, Tensor] | None, figures: _Figures, nimg: int) -> bool:
+        """Second stage: T and Q against the updated D and F. Whether it was finite and taken."""
+        player = self.players["transformer"]
+        self.discriminators.requires_grad_(False)
+        player.begin()
+        for micro in micros:
+            loss = player.backward(partial(self._ask, micro, made, figures, nimg), last=micro is micros[-1])
+            figures.add("loss", loss, 1.0)
+        return player.update()
+
+    def _ask(self, micro: Micro, made: dict[str, Tensor] | None, figures: _Figures, nimg: int) -> Tensor:
+        """Equation 16 on a micro-batch, scaled to its share; makes the images where they are not given."""
         o, w = self.config.objective, self.config.objective.weights
+        images, identities, codes = micro.images, micro.identities, micro.codes
+        draws = micro.draws(_TRANSFORMING)
         ramp = min(1.0, nimg / o.identity_ramp) if o.identity_ramp else 1.0
         terms: dict[str, tuple[float, Tensor]] = {}
-        log: dict[str, float] = {}
-        self.discriminators.requires_grad_(False)
+        if made is None:
+            with self._autocast():
+                made = self._generate(micro)
         changed = [made[n] for n in ("A1", "WR1") if n in made]
         with self._autocast():
             if w.feature or w.identity or w.recovered_identity or self.classifies:
-                embedded = self._embed(images, made, generator)
+                embedded = self._embed(images, made, draws)
                 e = {k: v.float() for k, v in embedded.items()}
                 if w.feature:
                     terms["feature"] = (
@@ -269,13 +413,15 @@ class Trainer:
                         w.recovery_class,
                         objective.classification([self.head(e["R"])], identities),
                     )
-                log["cos(I,A)"] = F.cosine_similarity(e["I"], e["A1"]).mean().item()
-                if "A2" in e:
-                    log["cos(A1,A2)"] = F.cosine_similarity(e["A1"], e["A2"]).mean().item()
-                if "WR1" in e:
-                    log["cos(I,WR)"] = F.cosine_similarity(e["I"], e["WR1"]).mean().item()
+                for name, one, other in (
+                    ("cos(I,A)", "I", "A1"),
+                    ("cos(A1,A2)", "A1", "A2"),
+                    ("cos(I,WR)", "I", "WR1"),
+                ):
+                    if other in e:
+                        figures.add(name, F.cosine_similarity(e[one], e[other]).mean(), micro.share)
             if w.gan:
-                scores, _ = self.discriminators(self._judged(made), generator=generator)
+                scores, _ = self.discriminators(self._judged(made), draws=draws)
                 terms["gan"] = (w.gan, objective.gan_generator(scores))
             if w.auxiliary:
                 pairs = [(images, made["A1"], codes.first)]
@@ -287,7 +433,7 @@ class Trainer:
                 read = logits.chunk(len(pairs))
                 terms["auxiliary"] = (w.auxiliary, objective.auxiliary(read, [p[2] for p in pairs]))
                 right = read[0].argmax(dim=2) == code_classes(codes.first)
-                log["q_accuracy"] = right.float().mean().item()
+                figures.add("q_accuracy", right.float().mean(), micro.share)
             if self.features is not None and (w.perceptual or w.likeness):
                 real = self.features(images)
                 if w.perceptual:
@@ -307,21 +453,26 @@ class Trainer:
                 terms["roughness"] = (w.roughness, objective.roughness(changed, images))
             if w.range:
                 terms["range"] = (w.range, objective.out_of_range(list(made.values())))
-        loss = torch.stack([factor * value for factor, value in terms.values()]).sum()
-        optimizer = self.optimizers["transformer"]
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if self.config.optimizer.clip is not None:
-            nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], self.config.optimizer.clip)
-        optimizer.step()
-        return log | {"loss": loss.item()} | {name: value.item() for name, (_, value) in terms.items()}
+        # The two means over labelled samples have another share than the means over all samples.
+        shares = {n: micro.labelled_share if n in ("adversarial", "recovery_class") else micro.share for n in terms}
+        for name, (_, value) in terms.items():
+            figures.add(name, value, shares[name])
+        return torch.stack([factor * shares[name] * value for name, (factor, value) in terms.items()]).sum()
 
-    def _embed(self, images: Tensor, made: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def _average_buffers(self) -> None:
+        """Running statistics, where T's norm keeps some, are the mean of what the processes saw."""
+        if self.world.size > 1:
+            for buffer in self.transformer.buffers():
+                if buffer.is_floating_point() and buffer.numel():
+                    buffer.copy_(self.world.sum_(buffer.contiguous().clone()) / self.world.size)
+
+    def _embed(self, images: Tensor, made: dict[str, Tensor], draws: Draws) -> dict[str, Tensor]:
         """F's embeddings of I and of everything made; without a graph for I."""
         names = [n for n in made if n != "R" or self.classifies or self.config.objective.weights.recovered_identity]
         together = torch.cat([made[n] for n in names])
         if self.config.recogniser.embedding_augmentation:
-            images, together = augment_view(images, generator), augment_view(together, generator)
+            images, together = augment_view(images, draws), augment_view(together, draws)
         with torch.no_grad():
             real = self.recogniser(images)
         return {"I": real} | dict(zip(names, self.recogniser(together).chunk(len(names)), strict=True))
@@ -351,29 +502,42 @@ class Trainer:
 
     @torch.no_grad()
     def centre_head(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Start F's head from the mean embeddings of the training identities."""
-        embeddings, labels = [], []
+        """Start F's head from the mean embeddings of the training identities.
+
+        Args:
+            batches: this process's part of the labelled samples: float ``[B, 3, S, S]``, int64 ``[B]``.
+        """
+        sums = torch.zeros_like(self.head.centres)
         for images, identities in batches:
-            embeddings.append(self.recogniser(images.to(self.device)).float().cpu())
-            labels.append(identities.cpu())
-        self.head.cpu().centre_on(torch.cat(embeddings), torch.cat(labels))
-        self.head.to(self.device)
+            embeddings = F.normalize(self.recogniser(images.to(self.device)).float(), dim=1)
+            sums.index_add_(0, identities.to(self.device), embeddings)
+        present = self.world.sum_(sums).abs().sum(dim=1).nonzero().flatten()
+        self.head.centre_on(sums[present], present)
 
     # -- state ------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
+        """Everything that changes, whole on every process; all processes call it alike."""
+        part = self.world.part(self.config.batch)
+        pools = {k: p.state_dict(part.start, part.stop) for k, p in self.pools.items()}
+        for pool in pools.values():
+            # Bits, not numbers, are summed: every slot is all zeros but on one process.
+            self.world.sum_(pool["images"].view(torch.int16).view(-1).view(torch.int32))
+            pool["filled"] = self.world.sum_(pool["filled"].int()).bool()
         return {
             "modules": {k: m.state_dict() for k, m in self._modules().items()},
             "ema": self.ema.state_dict(),
-            "optimizers": {k: o.state_dict() for k, o in self.optimizers.items()},
-            "pools": {k: p.state_dict() for k, p in self.pools.items()},
+            "optimizers": {k: p.state_dict() for k, p in self.players.items()},
+            "pools": pools,
+            "skipped": dict(self.skipped),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for key, module in self._modules().items():
             module.load_state_dict(state["modules"][key])
         self.ema.load_state_dict(state["ema"])
-        for key, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][key])
+        for key, player in self.players.items():
+            player.load_state_dict(state["optimizers"][key])
         for key, pool in self.pools.items():
             pool.load_state_dict(state["pools"][key])
+        self.skipped = dict(state.get("skipped", self.skipped))

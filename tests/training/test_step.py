@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from training.config import RunConfig
 from training.data import FaceShards
+from training.draws import Draws
 from training.pool import ImagePool
 from training.samples import from_uint8
 from training.step import Trainer, draw_codes
@@ -81,7 +82,7 @@ def test_a_step_depends_on_seed_and_clock_alone(tiny: RunConfig) -> None:
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10_000), bits=st.sampled_from([4, 8, 16]), near=st.sampled_from([0.0, 0.5, 1.0]))
 def test_wrong_codes_are_never_right_and_pairs_never_equal(seed: int, bits: int, near: float) -> None:
-    codes = draw_codes(64, bits, near_miss=near, generator=torch.Generator().manual_seed(seed))
+    codes = draw_codes(bits, near_miss=near, draws=Draws(seed, 0, 64))
     right = -codes.first
     assert not (codes.wrong == right).all(dim=1).any()
     assert not (codes.first == codes.second).all(dim=1).any()
@@ -93,12 +94,12 @@ def test_wrong_codes_are_never_right_and_pairs_never_equal(seed: int, bits: int,
 
 @pytest.mark.parametrize("size", [0, 5])
 def test_the_pool_answers_with_images_it_was_given(size: int) -> None:
-    pool, generator, given_so_far = ImagePool(size, (1,)), torch.Generator().manual_seed(0), set()
+    pool, given_so_far = ImagePool(size, (1,), 2), set()
     older = 0
     for i in range(40):
         new = torch.tensor([[float(2 * i)], [float(2 * i + 1)]])
         given_so_far |= set(new.flatten().tolist())
-        out = pool.exchange(new, generator)
+        out = pool.exchange(new, Draws(0, 2 * i, 2 * i + 2))
         assert set(out.flatten().tolist()) <= given_so_far
         older += int((out != new).sum())
     assert (older > 0) == (size > 0)
