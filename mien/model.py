@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,18 +24,33 @@ from torch import Tensor, nn
 
 from mien import compositing, geometry, networks, passwords, pictures, store
 from mien.detection import Detector, Face, MTCNNDetector
-from mien.errors import InvalidPassword, ModelError, NoFaceFound, NoSuchFace, TooManyFaces, WrongModel
+from mien.errors import InvalidImage, InvalidPassword, ModelError, NoFaceFound, NoSuchFace, TooManyFaces, WrongModel
 from mien.passwords import Code
 from mien.pictures import DEFAULT_LIMITS, FaceGeometry, Format, Geometry, Limits, Picture
 
 Operation = Literal["anonymize", "recover"]
-Steps = Generator[Tensor, Tensor, Picture]
+
+
+class Crops(NamedTuple):
+    """What a step asks to be transformed."""
+
+    images: Tensor
+    """float32 ``[F, 3, S, S]`` in [-1, 1]."""
+    faces: tuple[int, ...]
+    """Which of the plan's faces they are: where faces have codes of their own, the order in which to give them."""
+
+
+Steps = Generator[Crops, Tensor, Picture]
 
 # Crops in one batch: bounds memory, and costs nothing in speed above a few dozen.
 _BATCH: Final = 32
 
 # A crop whose strongest change is below this (of 2, so half an 8-bit step) was not changed.
 _UNCHANGED: Final = 1 / 255
+
+# How well a box must cover a face to mean it: of the two areas' union, or of the face where the box is a generous one.
+_BOX_UNION: Final = 0.3
+_BOX_COVER: Final = 0.6
 
 # Two letters at least: C:\models is a folder.
 _SCHEME: Final = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")
@@ -54,6 +69,53 @@ class Result:
     """The faces that were changed."""
     digest: str
     """Of the model that changed them."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which faces of a picture to change; nothing given means all of them."""
+
+    faces: Sequence[int] | None = None
+    """By number; a face in ``faces`` *or* ``boxes`` is chosen."""
+    boxes: Sequence[Sequence[float]] | None = None
+    """By place (x0, y0, x1, y1): for each box the face that overlaps it most, and well."""
+    exclude_faces: Sequence[int] | None = None
+    """Left alone, whatever the above say."""
+    exclude_boxes: Sequence[Sequence[float]] | None = None
+    """Every face that overlaps one of these well is left alone."""
+
+    def choose(self, found: Sequence[FaceGeometry]) -> list[int]:
+        """Numbers of the chosen faces, ascending.
+
+        Raises:
+            NoSuchFace: a number is out of range, a box of ``boxes`` is over no face, or nothing is left to change.
+        """
+        named = [*(self.faces or ()), *(self.exclude_faces or ())]
+        if any(not 0 <= n < len(found) for n in named) or self.faces == []:
+            raise NoSuchFace(f"The picture has {len(found)} faces, numbered from 0 to {len(found) - 1}.")
+        wanted = set(self.faces or ()) if self.faces is not None or self.boxes is not None else set(range(len(found)))
+        for place, box in enumerate(self.boxes or ()):
+            fit, best = max((_fit(box, face.box), -n) for n, face in enumerate(found))
+            if not fit:
+                raise NoSuchFace(f"There is no face at box {place}, counted from 0.")
+            wanted.add(-best)
+        wanted -= set(self.exclude_faces or ())
+        wanted -= {n for n, face in enumerate(found) if any(_fit(box, face.box) for box in self.exclude_boxes or ())}
+        if not wanted:
+            raise NoSuchFace("Every face of the picture is to be left alone, so there is nothing to change.")
+        return sorted(wanted)
+
+
+def _fit(box: Sequence[float], face: Sequence[float]) -> float:
+    """How well a box means a face: 0 where it does not, else intersection over union."""
+    width = min(box[2], face[2]) - max(box[0], face[0])
+    height = min(box[3], face[3]) - max(box[1], face[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    area = (face[2] - face[0]) * (face[3] - face[1])
+    union = (box[2] - box[0]) * (box[3] - box[1]) + area - width * height
+    share = width * height / union
+    return share if share >= _BOX_UNION or width * height >= _BOX_COVER * area else 0.0
 
 
 def load(
@@ -128,6 +190,11 @@ class Model:
         )
 
     @property
+    def network(self) -> nn.Module:
+        """The transformer, in evaluation mode on :attr:`device`; for who runs batches by other means than ours."""
+        return self._network
+
+    @property
     def digest(self) -> str:
         """sha256 of the weights, hexadecimal."""
         return self.config.digest
@@ -160,9 +227,7 @@ class Model:
         faces = np.asarray(faces)
         if faces.dtype != np.uint8 or faces.ndim != 4 or faces.shape[3] != 3:
             raise ValueError(f"expected uint8 faces [B, S, S, 3], not {faces.dtype} {faces.shape}")
-        images = torch.from_numpy(np.ascontiguousarray(faces)).permute(0, 3, 1, 2).float() / 127.5 - 1
-        out = self.transform_float(images, codes)
-        return ((out.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+        return to_bytes(self.transform_float(to_float(faces), codes))
 
     def transform_float(self, faces: Tensor, codes: NDArray[np.bool_] | Tensor) -> Tensor:
         """:meth:`transform` without rounding: float ``[B, 3, S, S]`` in [-1, 1], nominally to the same range.
@@ -298,28 +363,35 @@ class Model:
         faces: Sequence[int] | None = None,
         limits: Limits = DEFAULT_LIMITS,
     ) -> Geometry:
-        """Which crops an operation will change.
+        """Which crops an operation will change: those of :meth:`find`, or some of them.
+
+        Args:
+            picture, operation, limits: see :meth:`find`.
+            faces: indices of the faces wanted, in any order; all by default. :class:`Selection` knows more ways.
+
+        Raises:
+            NoFaceFound, TooManyFaces, WrongModel: see :meth:`find`.
+            NoSuchFace: an index is out of range, or none is given.
+        """
+        found = self.find(picture, operation, limits=limits)
+        return subset(found, Selection(faces=None if faces is None else list(faces)).choose(found.faces))
+
+    def find(self, picture: Picture, operation: Operation, *, limits: Limits = DEFAULT_LIMITS) -> Geometry:
+        """Every face that an operation could change.
 
         Anonymizing detects faces. Recovering uses the geometry that the picture carries, and detects where it has none.
 
         Args:
             picture: a decoded picture.
             operation: ``anonymize`` or ``recover``.
-            faces: indices of the faces wanted, in any order; all by default.
             limits: ``max_faces`` counts.
 
         Raises:
             NoFaceFound, TooManyFaces: what the detector saw.
-            NoSuchFace: an index is out of range, or none is given.
             WrongModel: recovering, and the geometry names another model.
         """
-        carried = picture.geometry if operation == "recover" else None
+        carried = self._carried(picture) if operation == "recover" else None
         if carried is not None:
-            if carried.model != self.digest:
-                raise WrongModel(
-                    f"Model {carried.model[:12]}... changed this picture, and model {self.digest[:12]}... is loaded. "
-                    "Load that one to recover it."
-                )
             # A digest names the weights and not their config, and anybody can write metadata.
             found = carried.faces if carried.crop_size == self.crop_size else ()
         else:
@@ -328,38 +400,83 @@ class Model:
             raise NoFaceFound("No face was found in the picture.")
         if len(found) > limits.max_faces:
             raise TooManyFaces(f"The picture has {len(found)} faces; at most {limits.max_faces} are accepted.")
-        wanted = range(len(found)) if faces is None else sorted(set(faces))
-        if not wanted or wanted[0] < 0 or wanted[-1] >= len(found):
-            raise NoSuchFace(f"The picture has {len(found)} faces, numbered from 0 to {len(found) - 1}.")
+        return self._geometry(picture, found)
+
+    def find_aligned(self, picture: Picture, operation: Operation, *, limits: Limits = DEFAULT_LIMITS) -> Geometry:
+        """The faces of a picture that *is* an aligned crop, or several one below the other; nothing is detected.
+
+        Raises:
+            InvalidImage: the picture is not S pixels wide and a multiple of S high, S being the model's crop size.
+            TooManyFaces: more than ``limits.max_faces``.
+            WrongModel: recovering, and the picture says that another model changed it.
+        """
+        size = self.crop_size
+        count, rest = divmod(picture.height, size)
+        if picture.width != size or rest or not count:
+            raise InvalidImage(
+                f"The picture is {picture.width} x {picture.height} pixels. Aligned crops of this model are {size} "
+                "wide and high, several of them one below the other."
+            )
+        if count > limits.max_faces:
+            raise TooManyFaces(f"The picture has {count} crops; at most {limits.max_faces} are accepted.")
+        if operation == "recover":
+            self._carried(picture)
+        return self._geometry(
+            picture,
+            [
+                FaceGeometry(box=(0.0, top, size - 1.0, top + size - 1.0), matrix=((1.0, 0.0, 0.0), (0.0, 1.0, -top)))
+                for top in (float(n * size) for n in range(count))
+            ],
+        )
+
+    def _carried(self, picture: Picture) -> Geometry | None:
+        if picture.geometry is not None and picture.geometry.model != self.digest:
+            raise WrongModel(
+                f"Model {picture.geometry.model[:12]}... changed this picture, and model {self.digest[:12]}... is "
+                "loaded. Load that one to recover it."
+            )
+        return picture.geometry
+
+    def _geometry(self, picture: Picture, faces: Sequence[FaceGeometry]) -> Geometry:
         return Geometry(
             width=picture.width,
             height=picture.height,
             crop_size=self.crop_size,
             template=self.config.template,
             model=self.digest,
-            faces=tuple(found[i] for i in wanted),
+            faces=tuple(faces),
         )
 
-    def steps(self, picture: Picture, plan: Geometry, operation: Operation) -> Steps:
+    def steps(self, picture: Picture, plan: Geometry, operation: Operation, *, aligned: bool = False) -> Steps:
         """Change the planned faces; the caller transforms.
 
-        A generator that yields crops, float32 ``[F, 3, S, S]`` in [-1, 1], must be sent the transformed ones of that
-        shape, and returns the finished picture (``StopIteration.value``). Anonymized pictures carry the plan as their
-        geometry; recovered ones carry what is still changed in them.
+        A generator that yields :class:`Crops`, must be sent the transformed images of the same shape, and returns the
+        finished picture (``StopIteration.value``). Anonymized pictures carry the plan as their geometry; recovered ones
+        carry what is still changed in them.
+
+        Args:
+            picture: a decoded picture.
+            plan: faces of :meth:`find`, or of :meth:`find_aligned` with ``aligned``.
+            operation: as for them.
+            aligned: the whole crop is changed, and nothing is resampled or blended.
 
         Raises:
             ModelError: a transformed crop is not finite, of another shape, or (anonymizing) has not changed at all.
                 Nothing of the picture is given out then.
         """
-        matrices = plan.matrices
-        order = compositing.layers(matrices, plan.crop_size, (picture.height, picture.width))
-        pixels = yield from edit_steps(
-            picture.pixels,
-            matrices,
-            plan.crop_size,
-            order if operation == "anonymize" else order[::-1],
-            must_change=operation == "anonymize",
-        )
+        must_change = operation == "anonymize"
+        if aligned:
+            pixels = yield from _aligned_steps(picture.pixels, plan, must_change=must_change)
+        else:
+            matrices = plan.matrices
+            order = compositing.layers(matrices, plan.crop_size, (picture.height, picture.width))
+            pixels = yield from edit_steps(
+                picture.pixels,
+                matrices,
+                plan.crop_size,
+                order if operation == "anonymize" else order[::-1],
+                must_change=must_change,
+            )
         left: Geometry | None = plan
         if operation == "recover":
             before = picture.geometry.faces if picture.geometry else ()
@@ -373,7 +490,8 @@ class Model:
         try:
             crops = next(steps)
             while True:
-                crops = steps.send(self.transform_float(crops, np.broadcast_to(code, (len(crops), self.bits)).copy()))
+                codes = np.broadcast_to(code, (len(crops.faces), self.bits)).copy()
+                crops = steps.send(self.transform_float(crops.images, codes))
         except StopIteration as finished:
             done: Picture = finished.value
             return done
@@ -416,7 +534,7 @@ def edit_steps(
     order: Sequence[Sequence[int]],
     *,
     must_change: bool = False,
-) -> Generator[Tensor, Tensor, NDArray[np.uint8]]:
+) -> Generator[Crops, Tensor, NDArray[np.uint8]]:
     """Take crops out of a picture and put transformed ones back, one layer of faces after the other.
 
     Args:
@@ -427,7 +545,7 @@ def edit_steps(
         must_change: refuse crops that come back as they went: a face must not leave unchanged (fail closed).
 
     Yields:
-        float32 ``[F', 3, S, S]`` in [-1, 1]; expects the transformed ones to be sent.
+        Crops of one layer, at most 32; expects the transformed images to be sent.
 
     Returns:
         uint8 ``[H, W, 3]``.
@@ -437,16 +555,57 @@ def edit_steps(
     """
     for layer in order:
         for start in range(0, len(layer), _BATCH):
-            chosen = matrices[list(layer[start : start + _BATCH])]
+            numbers = tuple(layer[start : start + _BATCH])
+            chosen = matrices[list(numbers)]
             crops = compositing.extract(pixels, chosen, size)
-            changed = yield crops
-            if changed.shape != crops.shape or not bool(torch.isfinite(changed).all()):
-                raise ModelError("the network's output is not a finite picture of its input's shape")
-            changed = changed.detach().cpu()
-            if must_change and bool(((changed - crops).abs().amax(dim=(1, 2, 3)) < _UNCHANGED).any()):
-                raise ModelError("the network left a face unchanged; is it trained?")
-            pixels = compositing.blend(pixels, changed, chosen)
+            changed = yield Crops(crops, numbers)
+            pixels = compositing.blend(pixels, _checked(crops, changed, must_change=must_change), chosen)
     return pixels
+
+
+def _aligned_steps(
+    pixels: NDArray[np.uint8], plan: Geometry, *, must_change: bool
+) -> Generator[Crops, Tensor, NDArray[np.uint8]]:
+    size = plan.crop_size
+    out = pixels.copy()
+    for start in range(0, len(plan.faces), _BATCH):
+        numbers = tuple(range(start, min(start + _BATCH, len(plan.faces))))
+        tops = [round(-plan.faces[n].matrix[1][2]) for n in numbers]
+        crops = to_float(np.stack([pixels[top : top + size] for top in tops]))
+        changed = yield Crops(crops, numbers)
+        for top, crop in zip(tops, to_bytes(_checked(crops, changed, must_change=must_change)), strict=True):
+            out[top : top + size] = crop
+    return out
+
+
+def _checked(crops: Tensor, changed: Tensor, *, must_change: bool) -> Tensor:
+    if changed.shape != crops.shape or not bool(torch.isfinite(changed).all()):
+        raise ModelError("the network's output is not a finite picture of its input's shape")
+    changed = changed.detach().cpu()
+    if must_change and unchanged(crops, changed):
+        raise ModelError("the network left a face unchanged; is it trained?")
+    return changed
+
+
+def unchanged(crops: Tensor, changed: Tensor) -> bool:
+    """Whether any of the crops, float ``[F, 3, S, S]`` in [-1, 1], came back as it went (to half an 8-bit step)."""
+    return bool(((changed - crops).abs().amax(dim=(1, 2, 3)) < _UNCHANGED).any())
+
+
+def to_float(faces: NDArray[np.uint8]) -> Tensor:
+    """uint8 ``[B, S, S, 3]`` to what networks take: float32 ``[B, 3, S, S]`` in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(faces)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def to_bytes(images: Tensor) -> NDArray[np.uint8]:
+    """The inverse of :func:`to_float`, clamped and rounded."""
+    whole = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return whole.permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def subset(geometry: Geometry, faces: Sequence[int]) -> Geometry:
+    """A geometry of some of its faces."""
+    return geometry.model_copy(update={"faces": tuple(geometry.faces[n] for n in faces)})
 
 
 def _as_picture(picture: Image.Image | Picture) -> Picture:

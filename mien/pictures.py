@@ -34,7 +34,7 @@ Format = Literal["PNG", "JPEG", "WEBP"]
 SUFFIXES: Final[Mapping[Format, str]] = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp"}
 MEDIA_TYPES: Final[Mapping[Format, str]] = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
 # What decode() reads, by file name; decoding itself looks at the bytes alone.
-READABLE_SUFFIXES: Final = frozenset({".png", ".jpg", ".jpeg", ".webp", ".avif"})
+READABLE_SUFFIXES: Final = frozenset({".png", ".jpg", ".jpeg", ".webp", ".avif", ".heic", ".heif"})
 
 MAX_FACES: Final = 256
 _MAX_ICC_BYTES: Final = 4 * 1024 * 1024
@@ -119,7 +119,7 @@ class Picture:
     """uint8 ``[H, W]``, or None where the picture is opaque."""
     icc_profile: bytes | None = None
     format: str | None = None
-    """Where it came from: ``PNG``, ``JPEG``, ``WEBP``, ``AVIF``."""
+    """Where it came from: ``PNG``, ``JPEG``, ``WEBP``, ``AVIF``, ``HEIF``."""
     geometry: Geometry | None = None
     metadata: Metadata | None = None
 
@@ -137,10 +137,10 @@ class Picture:
 
 
 def decode(data: bytes, *, limits: Limits = DEFAULT_LIMITS, keep_metadata: bool = False) -> Picture:
-    """Decode an untrusted JPEG, PNG, WebP or AVIF file.
+    """Decode an untrusted JPEG, PNG, WebP, AVIF or (where pillow-heif is installed) HEIF file.
 
     EXIF rotation is applied. Gray, palette, 16-bit and CMYK pictures become 8-bit RGB (CMYK without colour
-    management). Of a JPEG with several pictures (MPO) the first is read.
+    management). Of a JPEG with several pictures (MPO) the first is read, of a HEIF file the primary one.
 
     Args:
         data: the whole file.
@@ -158,7 +158,7 @@ def decode(data: bytes, *, limits: Limits = DEFAULT_LIMITS, keep_metadata: bool 
     try:
         image = opener(io.BytesIO(data))
         _check_size(image.size, limits)
-        if name != "JPEG" and (getattr(image, "is_animated", False) or getattr(image, "n_frames", 1) > 1):
+        if name not in ("JPEG", "HEIF") and (getattr(image, "is_animated", False) or getattr(image, "n_frames", 1) > 1):
             raise InvalidImage("The picture is animated. Mien changes single pictures: send its frames one by one.")
         image.load()
         return _from_image(image, name, keep_metadata=keep_metadata)
@@ -329,9 +329,23 @@ def _sniff(data: bytes) -> tuple[str, Callable[[io.BytesIO], Image.Image]]:
         return "PNG", PngImagePlugin.PngImageFile
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "WEBP", WebPImagePlugin.WebPImageFile
-    if data[4:8] == b"ftyp" and (b"avif" in data[8:64] or b"avis" in data[8:64]):
-        return "AVIF", AvifImagePlugin.AvifImageFile
-    raise InvalidImage("This is not a picture Mien reads. It takes JPEG, PNG, WebP and AVIF files.")
+    if data[4:8] == b"ftyp":
+        # The brands of the file type box (ISO/IEC 14496-12): the box's length is in front of it.
+        brands = data[8 : min(64, int.from_bytes(data[:4], "big"))]
+        if b"avif" in brands or b"avis" in brands:
+            return "AVIF", AvifImagePlugin.AvifImageFile
+        if b"heic" in brands or b"heix" in brands or b"mif1" in brands:
+            return "HEIF", _heif
+    raise InvalidImage("This is not a picture Mien reads. It takes JPEG, PNG, WebP, AVIF and HEIF files.")
+
+
+def _heif(file: io.BytesIO) -> Image.Image:
+    try:
+        from pillow_heif import HeifImageFile
+    except ImportError:
+        raise InvalidImage("HEIF files are not read here: pillow-heif is not installed. Send JPEG or PNG.") from None
+    image: Image.Image = HeifImageFile(file)  # type: ignore[no-untyped-call]
+    return image
 
 
 def _webp_size(data: bytes) -> tuple[int, int] | None:

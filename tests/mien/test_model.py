@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 import traceback
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from PIL import Image
 import mien
 from mien import errors, networks, passwords, pictures, store
 from mien.detection import MTCNNDetector
-from mien.model import Model, Operation
+from mien.errors import InvalidImage, ModelError, NoSuchFace, TooManyFaces
+from mien.model import Model, Operation, Selection, load
 from mien.networks import ResNetConfig
 from mien.networks.blocks import head_mask
-from mien.pictures import Limits
+from mien.pictures import FaceGeometry, Limits
 
 PASSWORD = "correct horse 🔋"
 # The head of the astronaut, without hair and background.
@@ -191,7 +193,8 @@ def test_overlapping_faces_are_undone_in_reverse_order(model: Model, photo: Imag
         try:
             crops = next(steps)
             while True:
-                crops = steps.send(mask * crops.flip(-1) + (1 - mask) * crops)
+                images = crops.images
+                crops = steps.send(mask * images.flip(-1) + (1 - mask) * images)
         except StopIteration as finished:
             done: pictures.Picture = finished.value
             return done
@@ -295,7 +298,7 @@ def test_a_face_that_was_not_transformed_never_leaves(model: Model, photo: Image
     picture = pictures.from_pil(photo)
     steps = model.steps(picture, model.plan(picture, "anonymize"), "anonymize")
     with pytest.raises(errors.ModelError):
-        steps.send(broken(next(steps)))
+        steps.send(broken(next(steps).images))
 
 
 def test_steps_driven_from_outside_give_what_the_model_gives(
@@ -305,9 +308,10 @@ def test_steps_driven_from_outside_give_what_the_model_gives(
     steps = model.steps(picture, model.plan(picture, "anonymize"), "anonymize")
     code = model.code_for("anonymize", PASSWORD)
     crops = next(steps)
-    assert crops.shape == (1, 3, 128, 128) and crops.abs().max() <= 1
+    assert crops.faces == (0,)
+    assert crops.images.shape == (1, 3, 128, 128) and crops.images.abs().max() <= 1
     with pytest.raises(StopIteration) as finished:
-        steps.send(model.transform_float(crops, code[None]))
+        steps.send(model.transform_float(crops.images, code[None]))
     np.testing.assert_array_equal(finished.value.value.pixels, np.asarray(safe))
 
 
@@ -340,3 +344,98 @@ def test_every_name_mien_offers_exists() -> None:
         assert getattr(mien, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'anonymise'"):
         _ = mien.anonymise  # type: ignore[attr-defined]
+
+
+# -- which faces --------------------------------------------------------------------------------------------------
+
+
+def face_at(x: float, y: float, side: float = 40) -> FaceGeometry:
+    matrix = ((1.0, 0.0, -x), (0.0, 1.0, -y))
+    return FaceGeometry(box=(x, y, x + side, y + side), matrix=matrix)
+
+
+ROW = [face_at(0, 0), face_at(100, 0), face_at(200, 0)]
+
+
+@pytest.mark.parametrize(
+    ("selection", "chosen"),
+    [
+        (Selection(), [0, 1, 2]),
+        (Selection(faces=[2, 0, 2]), [0, 2]),
+        (Selection(boxes=[(90, -10, 150, 50)]), [1]),
+        (Selection(faces=[0], boxes=[(205, 5, 238, 38)]), [0, 2]),
+        (Selection(exclude_faces=[1]), [0, 2]),
+        (Selection(exclude_boxes=[(95, 0, 245, 42)]), [0]),
+        (Selection(exclude_boxes=[(130, 0, 150, 40)]), [0, 1, 2]),
+        (Selection(faces=[0, 1], exclude_faces=[1, 2]), [0]),
+    ],
+)
+def test_faces_are_chosen_by_number_and_by_place(selection: Selection, chosen: list[int]) -> None:
+    assert selection.choose(ROW) == chosen
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [
+        Selection(faces=[3]),
+        Selection(faces=[]),
+        Selection(exclude_faces=[3]),
+        Selection(boxes=[(0, 0, 40, 40), (60, 0, 80, 40)]),
+        Selection(exclude_faces=[0, 1, 2]),
+        Selection(exclude_boxes=[(-5, -5, 300, 60)]),
+    ],
+)
+def test_a_choice_of_no_face_is_an_error_and_never_means_all(selection: Selection) -> None:
+    with pytest.raises(NoSuchFace):
+        selection.choose(ROW)
+
+
+def test_aligned_crops_are_changed_whole_without_detection_and_come_back(model: Model, photo: Image.Image) -> None:
+    crop = np.asarray(photo)[40:168, 160:288]
+    strip = pictures.Picture(np.concatenate([crop, crop[:, ::-1], crop]))
+    code = model.code_for("anonymize", PASSWORD)
+    codes = np.stack([code, code, ~code])
+
+    def run(picture: pictures.Picture, operation: str, codes: NDArray[np.bool_]) -> pictures.Picture:
+        plan = model.find_aligned(picture, operation)  # type: ignore[arg-type]
+        steps = model.steps(picture, plan, operation, aligned=True)  # type: ignore[arg-type]
+        try:
+            crops = next(steps)
+            while True:
+                crops = steps.send(model.transform_float(crops.images, codes[list(crops.faces)]))
+        except StopIteration as finished:
+            done: pictures.Picture = finished.value
+            return done
+
+    safe = run(strip, "anonymize", codes)
+    expected = model.transform(strip.pixels.reshape(3, 128, 128, 3), codes).reshape(384, 128, 3)
+    assert np.abs(safe.pixels.astype(int) - expected).max() <= 1
+    assert safe.geometry is not None and len(safe.geometry.faces) == 3
+    reread = pictures.decode(pictures.encode(safe))
+    back = run(reread, "recover", ~codes)
+    assert back.geometry is None
+    assert rms(back.pixels, strip.pixels) < rms(safe.pixels, strip.pixels) / 4
+
+
+def test_aligned_crops_must_have_the_models_size(model: Model) -> None:
+    for shape in ((128, 127, 3), (200, 128, 3)):
+        with pytest.raises(InvalidImage, match="128"):
+            model.find_aligned(pictures.Picture(np.zeros(shape, np.uint8)), "anonymize")
+    with pytest.raises(TooManyFaces):
+        tall = pictures.Picture(np.zeros((4 * 128, 128, 3), np.uint8))
+        model.find_aligned(tall, "anonymize", limits=Limits(max_faces=3))
+
+
+# -- where models come from ---------------------------------------------------------------------------------------
+
+
+def test_a_scheme_that_nothing_knows_is_said_so() -> None:
+    with pytest.raises(ModelError, match="nothing installed can load a model from carrier-pigeon"):
+        load("carrier-pigeon:/mien")
+
+
+def test_an_extra_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = metadata.EntryPoint("models", "a_module_that_is_not_there:fetch", "mien.models")
+    monkeypatch.setattr(metadata, "entry_points", lambda **_: [entry])
+    with pytest.raises(ModelError, match=r"mien\[serve\]"):
+        load("models:/mien@champion")

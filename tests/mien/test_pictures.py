@@ -20,7 +20,7 @@ from PIL import Image, PngImagePlugin
 
 from mien import pictures
 from mien.errors import ImageTooLarge, InvalidImage
-from mien.pictures import FaceGeometry, Geometry, Picture
+from mien.pictures import FaceGeometry, Geometry, Limits, Picture
 
 
 def save(image: Image.Image, format_: str, **options: Any) -> bytes:
@@ -73,6 +73,7 @@ REFUSED: dict[str, bytes] = {
     "animated WebP": save(gradient(), "WEBP", **ANIMATION),
     "animated PNG": save(gradient(), "PNG", **ANIMATION),
     "GIF": save(gradient(), "GIF"),
+    "HEIF signature and nothing behind it": b"\0\0\0\x20ftypheic\0\0\0\0mif1heic" + b"\0" * 40,
     "AVIF signature and nothing behind it": b"\0\0\0\x20ftypavif\0\0\0\0avifmif1" + b"\0" * 40,
 }
 
@@ -158,6 +159,21 @@ def test_every_format_is_read_by_its_content(format_: str, options: dict[str, An
     picture = pictures.decode(save(gradient(), format_, **options))
     assert picture.format == format_ and picture.pixels.shape == (24, 40, 3) and picture.alpha is None
     assert np.abs(picture.pixels.astype(int) - np.asarray(gradient())).mean() < 8
+
+
+def test_heif_is_read_where_the_library_is_there_and_its_absence_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    buffer = io.BytesIO()
+    large = gradient().resize((80, 64))
+    pillow_heif.from_pillow(large).save(buffer, quality=95)
+    picture = pictures.decode(buffer.getvalue())
+    assert picture.format == "HEIF" and picture.pixels.shape == (64, 80, 3) and picture.alpha is None
+    assert np.abs(picture.pixels.astype(int) - np.asarray(large)).mean() < 8
+    with pytest.raises(ImageTooLarge):
+        pictures.decode(buffer.getvalue(), limits=Limits(max_pixels=5000))
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(InvalidImage, match="not installed"):
+        pictures.decode(buffer.getvalue())
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
