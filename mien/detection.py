@@ -76,6 +76,18 @@ class MTCNNDetector:
         self._network: Any = None
         self._loading = threading.Lock()
 
+    def with_confidence(self, min_confidence: float) -> MTCNNDetector:
+        """The same detector with another ``min_confidence``; the networks are loaded once for both."""
+        other = MTCNNDetector(
+            device=self.device,
+            min_face=self.min_face,
+            long_side=self.long_side,
+            min_confidence=min_confidence,
+            max_faces=self.max_faces,
+        )
+        other._network = self.load()
+        return other
+
     def load(self) -> Any:
         """The network, loaded now if it was not yet (a server does this before it says that it is ready)."""
         with self._loading:
