@@ -1,0 +1,44 @@
+"""What can be measured. A part is a function of a :class:`~services.evaluate.context.Context`, and a line here.
+
+Every part is kept by itself, so a run that was cut off goes on with the part it was in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Final
+
+from services.evaluate.context import Context
+from services.evaluate.figures import Result
+
+# Name -> module:function, imported when run. In the order of a run: what is wanted first comes first.
+_PARTS: Final = {
+    "verification": "verification:run",
+    "recovery": "recovery:run",
+    "detection": "detection:run",
+}
+
+NAMES: Final = tuple(_PARTS)
+GROUPS: Final = {"attacks": tuple(name for name in NAMES if name.startswith("attack-"))}
+
+
+def load(name: str) -> Callable[[Context], Result]:
+    """The part of that name."""
+    module, _, function = _PARTS[name].partition(":")
+    part: Callable[[Context], Result] = getattr(import_module(f"services.evaluate.parts.{module}"), function)
+    return part
+
+
+def select(names: str) -> list[str]:
+    """Names out of ``a,b`` (``attacks`` is all of those), in the order of a run; all for an empty text.
+
+    Raises:
+        ValueError: there is no such part.
+    """
+    wanted: set[str] = set()
+    for name in filter(None, (n.strip() for n in names.split(","))):
+        if name not in NAMES and name not in GROUPS:
+            raise ValueError(f"there is no part {name!r}; there are {', '.join((*NAMES, *GROUPS))}")
+        wanted.update(GROUPS.get(name, (name,)))
+    return [name for name in NAMES if not wanted or name in wanted]
