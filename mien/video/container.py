@@ -159,7 +159,7 @@ class Reader:
         streams = [self._video, *(self._input.streams[i] for i in wanted)]
         index, last_pts, end = 0, None, 0.0
         declared = self._video.frames
-        convert = _Converter(self.clip)
+        convert = Converter(self.clip)
         packets = self._input.demux(*streams)
         while True:
             try:
@@ -271,7 +271,7 @@ class Reader:
         raise InvalidVideo(f"{self.path} has no frame that can be decoded.")
 
 
-class _Converter:
+class Converter:
     """Stored pictures to upright RGB and back. Each way has a scaler of its own, set up once."""
 
     def __init__(self, clip: Clip) -> None:
@@ -381,7 +381,7 @@ class Writer:
         settings = dict(codec.options)
         if codec.crf is not None:
             settings["crf"] = str(codec.crf if crf is None else crf)
-        video = self._output.add_stream(codec.encoder, rate=clip.rate, options=settings)
+        video: Any = self._output.add_stream(codec.encoder, rate=clip.rate, options=settings)
         context = video.codec_context
         video.width, video.height, video.pix_fmt = clip.coded_width, clip.coded_height, picture_format
         video.time_base = context.time_base = clip.time_base
@@ -412,7 +412,7 @@ class Writer:
                 f"({_words(error)}). Try another suffix for OUT: .mkv holds nearly everything."
             ) from None
         self._durations: dict[int, int] = {}
-        self._convert = _Converter(clip)
+        self._convert = Converter(clip)
 
     @classmethod
     def check(cls, **arguments: Any) -> None:

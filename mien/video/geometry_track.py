@@ -3,8 +3,8 @@
 A text tag ``mien_geometry`` of the container: the one place that MP4, MOV and Matroska share, that PyAV writes and
 reads back whole (MP4 and MOV through ``movflags=use_metadata_tags``), and that players ignore. It has two parts, each
 deflated and in base64: a JSON header, and for every face and frame one byte of state and four float32 of its
-transform, as XOR differences in time with bytes transposed, so that deflate finds something to pack. No pixels, no secrets. It is
-read back as untrusted input.
+transform, as XOR differences in time with bytes transposed, so that deflate finds something to pack. No pixels, no
+secrets. It is read back as untrusted input.
 """
 
 from __future__ import annotations

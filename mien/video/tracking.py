@@ -1,9 +1,9 @@
 """Following faces from frame to frame; what offline clips and live frames share.
 
 Three sources agree on where a face is. The *detector* (every frame, or every k-th and whenever a track is in doubt)
-gives landmarks. *ByteTrack* (Zhang et al. 2022, package ``trackers``) links detections over time, weak ones too. Where the
-detector is silent, *optical flow* (pyramidal Lucas-Kanade of OpenCV, checked forwards against backwards and against the
-face's look when it was last detected) carries the landmarks on. What no source can vouch for is *held*: the face is
+gives landmarks. *ByteTrack* (Zhang et al. 2022, package ``trackers``) links detections over time, weak ones too. Where
+the detector is silent, *optical flow* (pyramidal Lucas-Kanade of OpenCV, checked forwards against backwards and against
+the face's look when it was last detected) carries the landmarks on. What no source can vouch for is *held*: the face is
 taken to be where it was going, and is masked there instead of transformed.
 
 A face that is found for the first time, or again, is also followed *backwards* through the frames of the last second,
@@ -162,8 +162,8 @@ class Tracker:
         if due:
             self.detections += 1
             faces = self.detector.detect(pixels)
-            for track, face in self._associate(faces, now):
-                found += self._accept(track, face, gray, factor, now, index)
+            for owner, face in self._associate(faces, now):
+                found += self._accept(owner, face, gray, factor, now, index)
         self._alive = [t for t in self._alive if now - t.seen <= self.config.bridge + 1e-9]
         for track in self._alive:
             if track.state is State.detected or (
@@ -265,9 +265,9 @@ class Tracker:
             stop, late = 0, True
         else:
             stop, late = track.sure_frame + 1, track.state is State.held
-            if late and index > track.sure_frame:
-                start = track.landmarks - 0.0
-                track.velocity = (face.landmarks - start).mean(axis=0) / (index - track.sure_frame)
+            if late:
+                # Where it was held is no measure of how fast it goes.
+                track.velocity = np.zeros(2)
             track.landmarks, track.box, track.look = face.landmarks, face.box, look
             track.seen = track.sure = now
             track.sure_frame = index
@@ -314,9 +314,10 @@ def _follow(before: Gray, after: Gray, landmarks: Points, look: NDArray[np.float
         return None
     start = points[inside].astype(np.float32)[:, None]
     eyes = 32 / geometry.scale_of(matrix)
-    options: dict[str, Any] = {"winSize": (15, 15), "maxLevel": 3}
-    there, ok_there, _ = cv2.calcOpticalFlowPyrLK(before, after, start, None, **options)
-    back, ok_back, _ = cv2.calcOpticalFlowPyrLK(after, before, there, None, **options)
+    # The stubs of OpenCV do not know that the points to start from may be left out.
+    flow: Any = cv2.calcOpticalFlowPyrLK
+    there, ok_there, _ = flow(before, after, start, None, winSize=(15, 15), maxLevel=3)
+    back, ok_back, _ = flow(after, before, there, None, winSize=(15, 15), maxLevel=3)
     round_trip = np.linalg.norm(back - start, axis=-1)[:, 0]
     good = (ok_there[:, 0] == 1) & (ok_back[:, 0] == 1) & (round_trip < max(0.5, 0.04 * eyes))
     if good.sum() < max(6, 0.4 * len(start)):
