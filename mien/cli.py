@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal, NoReturn
 import typer
 
 from mien import __version__, errors
+from mien.video import command as video
 
 if TYPE_CHECKING:
     from mien.model import Model
     from mien.passwords import Code
     from mien.pictures import Format
+    from mien.video.clips import Report
 
 OK: Final = 0
 SOME_FAILED: Final = 1
@@ -114,6 +116,7 @@ class Job:
     overwrite: bool
     on_no_face: OnNoFace
     dry_run: bool
+    video: video.Options = field(default_factory=video.Options)
 
 
 @dataclass
@@ -142,12 +145,18 @@ def anonymize(
     on_no_face: NoFace = OnNoFace.error,
     password_file: PasswordFile = None,
     dry_run: DryRun = False,
+    exclude: video.Except = None,
+    codec: video.VideoCodec = None,
+    crf: video.Crf = None,
+    detect_every: video.Every = 1,
+    track_passwords: video.TrackPasswords = None,
 ) -> None:
     """Change every face in a picture or in a folder of pictures.
 
     The password is asked for (twice), or comes from --password-file or the variable MIEN_PASSWORD.
     """
     job = _job("anonymize", format, quality, faces, keep_metadata, overwrite, on_no_face, dry_run)
+    job.video = video.Options(exclude, codec, crf, detect_every, track_passwords)
     _run(job, source, output, model, realm, password_file)
 
 
@@ -165,12 +174,18 @@ def recover(
     on_no_face: NoFace = OnNoFace.error,
     password_file: PasswordFile = None,
     dry_run: DryRun = False,
+    exclude: video.Except = None,
+    codec: video.VideoCodec = None,
+    crf: video.Crf = None,
+    detect_every: video.Every = 1,
+    track_passwords: video.TrackPasswords = None,
 ) -> None:
     """Give the faces back. A wrong password is no error: it gives other faces.
 
     The password is asked for, or comes from --password-file or the variable MIEN_PASSWORD.
     """
     job = _job("recover", format, quality, faces, keep_metadata, overwrite, on_no_face, dry_run)
+    job.video = video.Options(exclude, codec, crf, detect_every, track_passwords)
     _run(job, source, output, model, realm, password_file)
 
 
@@ -178,8 +193,11 @@ def recover(
 def detect(
     source: Source,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per picture and line.")] = False,
+    sheet: video.Sheet = None,
+    no_sheet: video.NoSheet = False,
+    detect_every: video.Every = 1,
 ) -> None:
-    """List the faces in a picture or in a folder of pictures, largest first."""
+    """List the faces in a picture or in a folder of pictures, largest first; of a clip, its tracks with pictures."""
     from mien import pictures
     from mien.detection import MTCNNDetector
 
@@ -188,6 +206,12 @@ def detect(
     tally = Tally(failed=troubles)
     for path in files:
         try:
+            if video.is_video(path):
+                tally.faces += video.list_tracks(
+                    path, as_json=as_json, sheet=sheet, no_sheet=no_sheet or source.is_dir(), every=detect_every
+                )
+                tally.done += 1
+                continue
             found = detector.detect(pictures.decode(path.read_bytes()).pixels)
         except (errors.MienError, OSError) as error:
             if source.is_file():
@@ -214,6 +238,36 @@ def detect(
     _report_failures(tally)
     if source.is_file() and not tally.faces:
         raise Stop(f"No face was found in {source}.", NO_FACE)
+
+
+@app.command()
+def live(
+    source: Annotated[str, typer.Argument(metavar="IN", help="rtsp://, udp://, tcp://, http://, srt://, or a file.")],
+    target: Annotated[str, typer.Option("-o", "--output", metavar="OUT", help="The same, or a .ts or .mkv file.")],
+    model: ModelOption = _DEFAULT_MODEL,
+    realm: Realm = "mien",
+    password_file: PasswordFile = None,
+    lookahead: Annotated[
+        int,
+        typer.Option("--lookahead", min=0, max=250, help="Frames to wait, so that faces found late are changed too."),
+    ] = 0,
+    timeout: Annotated[float, typer.Option("--timeout", min=0.1, help="Seconds without a frame that end it.")] = 10.0,
+    detect_every: video.Every = 1,
+) -> None:
+    """Anonymize a camera's stream while it runs. What leaves is lossy and for watching: recover from recordings."""
+    if not (model / "config.json").is_file():
+        raise Stop(f"There is no model in {model}. Name its folder with --model.", BAD_MODEL)
+    password = _password(password_file, confirm=True)
+    from mien.model import load
+
+    loaded = load(model, realm=realm)
+    code = loaded.code_for("anonymize", password)
+    del password
+    report = video.run_live(loaded, source, target, code, lookahead=lookahead, timeout=timeout, every=detect_every)
+    typer.echo(
+        f"{_count(report.frames, 'frame')} anonymized, {report.dropped:,} dropped, "
+        f"{_count(report.transformed, 'face')} changed, {report.masked:,} masked."
+    )
 
 
 @app.command()
@@ -364,8 +418,12 @@ def _run(job: Job, source: Path, output: Path | None, model: Path, realm: str, p
 
     if not (model / "config.json").is_file():
         raise Stop(f"There is no model in {model}. Name its folder with --model.", BAD_MODEL)
-    password = _password(password_file, confirm=job.operation == "anonymize")
     from mien.model import load
+
+    if video.is_video(source) and job.video.track_passwords and password_file is None and job.operation == "recover":
+        _clip(job, load(model, realm=realm), None, source, target)
+        return
+    password = _password(password_file, confirm=job.operation == "anonymize")
 
     loaded = load(model, realm=realm)
     # Derived once: it is meant to be slow. From here on nothing holds the password.
@@ -373,6 +431,9 @@ def _run(job: Job, source: Path, output: Path | None, model: Path, realm: str, p
     del password
     if folder:
         _run_folder(job, loaded, code, pairs, troubles, target)
+        return
+    if video.is_video(source):
+        _clip(job, loaded, code, source, target)
         return
     try:
         faces, _ = _one(job, loaded, code, source, target)
@@ -391,6 +452,8 @@ _DONE: Final = {"anonymize": "anonymized", "recover": "recovered"}
 def _beside(source: Path, job: Job) -> Path:
     from mien.pictures import SUFFIXES
 
+    if video.is_video(source):
+        return video.beside(source, job.operation)
     stem = source.stem.removesuffix(".anon") if job.operation == "recover" else source.stem
     return source.with_name(f"{stem}.{_ENDING[job.operation]}{SUFFIXES[job.format]}")
 
@@ -408,14 +471,16 @@ def _targets(files: list[Path], source: Path, target: Path, job: Job) -> list[Pa
 
 
 def _pictures_in(source: Path, *, leave_out: Path | None) -> tuple[list[Path], list[tuple[Path, str]]]:
-    """Pictures of a file or folder by name, sorted, and the folders that could not be read."""
+    """Pictures and clips of a file or folder by name, sorted, and the folders that could not be read."""
     from mien.pictures import READABLE_SUFFIXES
+    from mien.video.codecs import VIDEO_SUFFIXES
 
     if source.is_file():
         return [source], []
     if not source.exists():
         raise Stop(f"There is no file or folder {source}.", FILE_TROUBLE)
     troubles: list[tuple[Path, str]] = []
+    readable = READABLE_SUFFIXES | VIDEO_SUFFIXES
     found: list[Path] = []
     avoid = leave_out.resolve() if leave_out else None
 
@@ -424,7 +489,7 @@ def _pictures_in(source: Path, *, leave_out: Path | None) -> tuple[list[Path], l
 
     for here, folders, names in os.walk(source, onerror=note):
         folders[:] = sorted(f for f in folders if not f.startswith(".") and (Path(here) / f).resolve() != avoid)
-        found += [Path(here) / n for n in sorted(names) if Path(n).suffix.lower() in READABLE_SUFFIXES and n[0] != "."]
+        found += [Path(here) / n for n in sorted(names) if Path(n).suffix.lower() in readable and n[0] != "."]
     if not found and not troubles:
         raise Stop(f"There is no picture in {source} (looked for {', '.join(sorted(READABLE_SUFFIXES))}).", BAD_PICTURE)
     return found, troubles
@@ -460,6 +525,9 @@ def _one(job: Job, model: Model, code: Code, source: Path, target: Path) -> tupl
 
     if target.exists() and not job.overwrite:
         raise Stop(f"{target} exists; --overwrite replaces it", FILE_TROUBLE)
+    if video.is_video(source):
+        report = _run_clip(job, model, code, source, target)
+        return len(report.trajectories), not report.trajectories
     data = source.read_bytes()
     run = model.anonymize_bytes if job.operation == "anonymize" else model.recover_bytes
     try:
@@ -483,6 +551,31 @@ def _one(job: Job, model: Model, code: Code, source: Path, target: Path) -> tupl
     except OSError as error:
         raise Stop(f"{target} could not be written: {error.strerror}", FILE_TROUBLE) from error
     return faces, not faces
+
+
+def _clip(job: Job, model: Model, code: Code | None, source: Path, target: Path) -> None:
+    try:
+        report = _run_clip(job, model, code, source, target, quiet=False)
+    except errors.NoFaceFound:
+        if job.on_no_face is not OnNoFace.skip:
+            raise
+        typer.echo(f"No face was found in {source}; skipped.")
+        return
+    video.tell(report, job.operation)
+
+
+def _run_clip(job: Job, model: Model, code: Code | None, source: Path, target: Path, *, quiet: bool = True) -> Report:
+    return video.one(
+        job.operation,
+        model,
+        None if code is None else model.code_for(job.operation, code=code),
+        source,
+        target,
+        faces=job.faces,
+        options=job.video,
+        allow_no_face=job.on_no_face is OnNoFace.copy,
+        quiet=quiet,
+    )
 
 
 def _run_folder(

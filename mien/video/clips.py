@@ -39,7 +39,7 @@ _BATCH_FRAMES: Final = 16
 _BATCH_BYTES: Final = 192 * 1024 * 1024
 
 # Weak detections may carry a track on, and start none (TrackerConfig.new_confidence).
-_WEAK: Final = 0.7
+WEAK: Final = 0.7
 
 _THUMBNAIL: Final = 96
 
@@ -131,7 +131,7 @@ def find_tracks(
 def video_detector(model: Model) -> Detector:
     """The model's detector, and where it is MTCNN one that also answers weak detections, which carry tracks on."""
     detector = model.detector
-    return detector.with_confidence(_WEAK) if isinstance(detector, MTCNNDetector) else detector
+    return detector.with_confidence(WEAK) if isinstance(detector, MTCNNDetector) else detector
 
 
 def anonymize(
