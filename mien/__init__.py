@@ -5,6 +5,7 @@
     model = mien.load("models/mien-128")
     safe = model.anonymize(photo, "correct horse")  # PIL.Image -> PIL.Image
     same = model.recover(safe, "correct horse")
+    mien.Client("http://localhost:3000").anonymize(photo, "correct horse")  # the same against a service
 
 Names below are imported when they are first used: ``import mien`` alone loads neither torch nor Pillow.
 """
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mien import errors
 from mien.errors import (
+    AccessDenied,
     ImageTooLarge,
     InvalidImage,
     InvalidPassword,
@@ -24,11 +26,15 @@ from mien.errors import (
     ModelIntegrityError,
     NoFaceFound,
     NoSuchFace,
+    ServiceError,
+    ServiceTimeout,
+    ServiceUnavailable,
     TooManyFaces,
     WrongModel,
 )
 
 if TYPE_CHECKING:
+    from mien.clients import Answer, AsyncClient, Client, Frame
     from mien.detection import Detector, Face, MTCNNDetector
     from mien.model import Model, Result, load
     from mien.passwords import derive_code, hamming_distance, inverse
@@ -36,8 +42,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccessDenied",
+    "Answer",
+    "AsyncClient",
+    "Client",
     "Detector",
     "Face",
+    "Frame",
     "ImageTooLarge",
     "InvalidImage",
     "InvalidPassword",
@@ -49,6 +60,9 @@ __all__ = [
     "NoFaceFound",
     "NoSuchFace",
     "Result",
+    "ServiceError",
+    "ServiceTimeout",
+    "ServiceUnavailable",
     "TooManyFaces",
     "WrongModel",
     "__version__",
@@ -60,6 +74,10 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Answer": "mien.clients",
+    "AsyncClient": "mien.clients",
+    "Client": "mien.clients",
+    "Frame": "mien.clients",
     "Detector": "mien.detection",
     "Face": "mien.detection",
     "MTCNNDetector": "mien.detection",

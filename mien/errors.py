@@ -45,3 +45,19 @@ class NoSuchFace(MienError):
 
 class WrongModel(MienError):
     """The picture says that another model than the loaded one changed its faces."""
+
+
+class ServiceError(MienError):
+    """A client's: the service could not do what it was asked, and not for a reason that lies in the picture."""
+
+
+class ServiceUnavailable(ServiceError):
+    """The service cannot be reached, is full, not ready, or asks to come back later than the time-out allows."""
+
+
+class ServiceTimeout(ServiceUnavailable):
+    """No answer in time."""
+
+
+class AccessDenied(ServiceError):
+    """The service wants an API key, or does not know the one it was given."""
