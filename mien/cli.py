@@ -1,7 +1,7 @@
-"""The ``mien`` command: pictures and folders of them.
+"""The ``mien`` command: pictures, folders of them and clips, with a model in this process or a service elsewhere.
 
-Passwords come from a hidden prompt, a file or the environment, never from an argument, where other users of the machine
-could read them. Heavy modules are imported inside the commands, so that ``mien --help`` answers at once.
+Passwords and API keys come from a hidden prompt, a file or the environment, never from an argument, where other users
+of the machine could read them. Heavy modules are imported inside the commands, so that ``mien --help`` answers at once.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -23,6 +24,8 @@ from mien import __version__, errors
 from mien.video import command as video
 
 if TYPE_CHECKING:
+    from mien.clients import Client
+    from mien.detection import Face
     from mien.model import Model
     from mien.passwords import Code
     from mien.pictures import Format
@@ -36,11 +39,12 @@ NO_FACE: Final = 4
 BAD_PASSWORD: Final = 5
 BAD_MODEL: Final = 6
 FILE_TROUBLE: Final = 7
+SERVICE_TROUBLE: Final = 8
 INTERRUPTED: Final = 130
 
 _EXIT_CODES = (
     "Exit codes: 0 done, 1 some files of a folder failed, 2 wrong usage, 3 not a usable picture, 4 no face (or not the "
-    "one asked for), 5 password, 6 model, 7 a file or folder could not be read or written."
+    "one asked for), 5 password, 6 model, 7 a file or folder could not be read or written, 8 the service."
 )
 
 app = typer.Typer(
@@ -74,7 +78,27 @@ Source = Annotated[Path, typer.Argument(metavar="IN", help="A picture, or a fold
 Output = Annotated[
     Path | None, typer.Option("-o", "--output", metavar="OUT", help="File, or folder for a folder. Default: beside IN.")
 ]
-ModelOption = Annotated[Path, typer.Option("--model", envvar="MIEN_MODEL", metavar="FOLDER", help="Model folder.")]
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        "--model", envvar="MIEN_MODEL", metavar="MODEL", help="Model folder, or models:/NAME@ALIAS of the registry."
+    ),
+]
+UrlOption = Annotated[
+    str | None,
+    typer.Option(
+        "--url",
+        envvar="MIEN_URL",
+        metavar="URL",
+        help="Ask the service at http(s):// or grpc(s):// instead of loading a model.",
+    ),
+]
+KeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--api-key-file", metavar="FILE", help="First line is the service's API key; else the variable MIEN_API_KEY."
+    ),
+]
 Realm = Annotated[str, typer.Option("--realm", envvar="MIEN_REALM", help="Public name of the deployment.")]
 Formats = Annotated[
     FormatOption, typer.Option("--format", help="PNG keeps every pixel for recovery; the others lose some.")
@@ -92,8 +116,60 @@ PasswordFile = Annotated[
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")]
 
-_DEFAULT_MODEL: Final = Path("models/mien-128")
+_DEFAULT_MODEL: Final = "models/mien-128"
 Operation = Literal["anonymize", "recover"]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Who does the work: a model to load, or a service to ask."""
+
+    model: str
+    realm: str
+    url: str | None
+    api_key_file: Path | None
+
+
+@dataclass(frozen=True)
+class Local:
+    """A model in this process, and the code derived once: it is meant to be slow."""
+
+    model: Model
+    code: Code = field(repr=False)
+
+    def edit(self, data: bytes, job: Job) -> tuple[bytes, int]:
+        """The changed picture, encoded, and how many faces changed."""
+        run = self.model.anonymize_bytes if job.operation == "anonymize" else self.model.recover_bytes
+        result = run(
+            data,
+            code=self.code,
+            faces=job.faces,
+            format=job.format,
+            quality=job.quality,
+            keep_metadata=job.keep_metadata,
+        )
+        return result.data, len(result.faces)
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A service, and the password that goes with every request."""
+
+    client: Client
+    password: str = field(repr=False)
+
+    def edit(self, data: bytes, job: Job) -> tuple[bytes, int]:
+        """See :meth:`Local.edit`."""
+        run = self.client.anonymize_bytes if job.operation == "anonymize" else self.client.recover_bytes
+        answer = run(
+            data,
+            self.password,
+            faces=job.faces,
+            format=job.format,
+            quality=job.quality,
+            keep_metadata=job.keep_metadata,
+        )
+        return answer.data, answer.face_count
 
 
 class Stop(Exception):
@@ -133,9 +209,12 @@ class Tally:
 
 @app.command()
 def anonymize(
+    context: typer.Context,
     source: Source,
     output: Output = None,
     model: ModelOption = _DEFAULT_MODEL,
+    url: UrlOption = None,
+    api_key_file: KeyFile = None,
     realm: Realm = "mien",
     format: Formats = FormatOption.png,  # noqa: A002
     quality: Quality = 95,
@@ -157,14 +236,18 @@ def anonymize(
     """
     job = _job("anonymize", format, quality, faces, keep_metadata, overwrite, on_no_face, dry_run)
     job.video = video.Options(exclude, codec, crf, detect_every, track_passwords)
-    _run(job, source, output, model, realm, password_file)
+    _check_engine(context, url)
+    _run(job, source, output, Engine(model, realm, url, api_key_file), password_file)
 
 
 @app.command()
 def recover(
+    context: typer.Context,
     source: Source,
     output: Output = None,
     model: ModelOption = _DEFAULT_MODEL,
+    url: UrlOption = None,
+    api_key_file: KeyFile = None,
     realm: Realm = "mien",
     format: Formats = FormatOption.png,  # noqa: A002
     quality: Quality = 95,
@@ -186,23 +269,23 @@ def recover(
     """
     job = _job("recover", format, quality, faces, keep_metadata, overwrite, on_no_face, dry_run)
     job.video = video.Options(exclude, codec, crf, detect_every, track_passwords)
-    _run(job, source, output, model, realm, password_file)
+    _check_engine(context, url)
+    _run(job, source, output, Engine(model, realm, url, api_key_file), password_file)
 
 
 @app.command()
 def detect(
     source: Source,
+    url: UrlOption = None,
+    api_key_file: KeyFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per picture and line.")] = False,
     sheet: video.Sheet = None,
     no_sheet: video.NoSheet = False,
     detect_every: video.Every = 1,
 ) -> None:
     """List the faces in a picture or in a folder of pictures, largest first; of a clip, its tracks with pictures."""
-    from mien import pictures
-    from mien.detection import MTCNNDetector
-
     files, troubles = _pictures_in(source, leave_out=None)
-    detector = MTCNNDetector()
+    find = _finder(url, api_key_file)
     tally = Tally(failed=troubles)
     for path in files:
         try:
@@ -212,7 +295,7 @@ def detect(
                 )
                 tally.done += 1
                 continue
-            found = detector.detect(pictures.decode(path.read_bytes()).pixels)
+            found = find(path.read_bytes())
         except (errors.MienError, OSError) as error:
             if source.is_file():
                 raise
@@ -255,8 +338,7 @@ def live(
     detect_every: video.Every = 1,
 ) -> None:
     """Anonymize a camera's stream while it runs. What leaves is lossy and for watching: recover from recordings."""
-    if not (model / "config.json").is_file():
-        raise Stop(f"There is no model in {model}. Name its folder with --model.", BAD_MODEL)
+    _check_model(model)
     password = _password(password_file, confirm=True)
     from mien.model import load
 
@@ -294,16 +376,16 @@ def serve(
         return
     if find_spec("bentoml") is None or find_spec("serving") is None:
         raise Stop('Serving is not installed. Run: pip install "mien[serve]"', USAGE)
-    if not (model / "config.json").is_file():
-        raise Stop(f"There is no model in {model}. Name its folder with --model.", BAD_MODEL)
+    _check_model(model)
     environment = {
         **os.environ,
-        "MIEN_MODEL": str(model.resolve()),
+        "MIEN_MODEL": model if _is_uri(model) else str(Path(model).resolve()),
         "MIEN_REALM": realm,
         "BENTOML_DO_NOT_TRACK": "true",
     }
-    # A service takes passwords from its callers and has no use for one of its own.
-    environment.pop("MIEN_PASSWORD", None)
+    # A service takes passwords and keys from its callers and has no use for a caller's.
+    for name in ("MIEN_PASSWORD", "MIEN_API_KEY", "MIEN_URL"):
+        environment.pop(name, None)
     sys.stdout.flush()
     # Replaces this process, so that signals reach the service itself.
     os.execve(sys.executable, command, environment)  # noqa: S606
@@ -352,6 +434,7 @@ def _code_of(error: errors.MienError) -> int:
         (errors.InvalidPassword, BAD_PASSWORD),
         (errors.ModelError, BAD_MODEL),
         (errors.WrongModel, BAD_MODEL),
+        (errors.ServiceError, SERVICE_TROUBLE),
     ]
     return next((code for kind, code in table if isinstance(error, kind)), BAD_PICTURE)
 
@@ -389,7 +472,48 @@ def _indices(text: str | None) -> list[int] | None:
         raise Stop(f"--faces takes numbers separated by commas, like 0,2, not {text!r}.", USAGE) from None
 
 
-def _run(job: Job, source: Path, output: Path | None, model: Path, realm: str, password_file: Path | None) -> None:
+def _is_uri(model: str) -> bool:
+    # Two letters at least: C:\\models is a folder.
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", model) is not None
+
+
+def _check_model(model: str) -> None:
+    """Before anything is asked or loaded. What a URI names is known when it was fetched."""
+    if not _is_uri(model) and not (Path(model) / "config.json").is_file():
+        raise Stop(f"There is no model in {model}. Name its folder with --model.", BAD_MODEL)
+
+
+def _check_engine(context: typer.Context, url: str | None) -> None:
+    """Refuse what a service would not heed: it has its own model and realm."""
+    for name in ("model", "realm"):
+        source = context.get_parameter_source(name)
+        if url is not None and source is not None and source.name == "COMMANDLINE":
+            raise Stop(f"--{name} is for a model loaded here; the service at --url has its own.", USAGE)
+
+
+def _client(url: str, api_key_file: Path | None) -> Client:
+    from mien.clients import Client
+
+    key = os.environ.get("MIEN_API_KEY")
+    if api_key_file is not None:
+        key = _first_line(api_key_file).strip()
+    try:
+        return Client(url, api_key=key or None)
+    except (ValueError, ImportError) as error:
+        raise Stop(f"--url: {error}", USAGE) from None
+
+
+def _finder(url: str | None, api_key_file: Path | None) -> Callable[[bytes], list[Face]]:
+    if url is not None:
+        return _client(url, api_key_file).detect
+    from mien import pictures
+    from mien.detection import MTCNNDetector
+
+    detector = MTCNNDetector()
+    return lambda data: detector.detect(pictures.decode(data).pixels)
+
+
+def _run(job: Job, source: Path, output: Path | None, engine: Engine, password_file: Path | None) -> None:
     if not source.exists():
         raise Stop(f"There is no file or folder {source}.", FILE_TROUBLE)
     folder = source.is_dir()
@@ -416,27 +540,32 @@ def _run(job: Job, source: Path, output: Path | None, model: Path, realm: str, p
         # Before the password is asked for and the model is loaded.
         raise Stop(f"{target} exists. Use --overwrite to replace it, or -o for another name.", FILE_TROUBLE)
 
-    if not (model / "config.json").is_file():
-        raise Stop(f"There is no model in {model}. Name its folder with --model.", BAD_MODEL)
-    from mien.model import load
+    clip = video.is_video(source)
+    if engine.url is not None:
+        if clip:
+            raise Stop("--url does pictures. For a clip, load the model here: leave --url out.", USAGE)
+        client = _client(engine.url, engine.api_key_file)
+        worker: Local | Remote = Remote(client, _password(password_file, confirm=job.operation == "anonymize"))
+    else:
+        _check_model(engine.model)
+        from mien.model import load
 
-    if video.is_video(source) and job.video.track_passwords and password_file is None and job.operation == "recover":
-        _clip(job, load(model, realm=realm), None, source, target)
-        return
-    password = _password(password_file, confirm=job.operation == "anonymize")
-
-    loaded = load(model, realm=realm)
-    # Derived once: it is meant to be slow. From here on nothing holds the password.
-    code = loaded.code_for("anonymize", password)
-    del password
+        if clip and job.video.track_passwords and password_file is None and job.operation == "recover":
+            _clip(job, load(engine.model, realm=engine.realm), None, source, target)
+            return
+        password = _password(password_file, confirm=job.operation == "anonymize")
+        model = load(engine.model, realm=engine.realm)
+        # From here on nothing holds the password.
+        worker = Local(model, model.code_for("anonymize", password))
+        del password
     if folder:
-        _run_folder(job, loaded, code, pairs, troubles, target)
+        _run_folder(job, worker, pairs, troubles, target)
         return
-    if video.is_video(source):
-        _clip(job, loaded, code, source, target)
+    if clip and isinstance(worker, Local):
+        _clip(job, worker.model, worker.code, source, target)
         return
     try:
-        faces, _ = _one(job, loaded, code, source, target)
+        faces, _ = _one(job, worker, source, target)
     except errors.NoFaceFound:
         if job.on_no_face is not OnNoFace.skip:
             raise
@@ -518,28 +647,21 @@ def _first_line(path: Path) -> str:
         return file.readline(1 << 16)
 
 
-def _one(job: Job, model: Model, code: Code, source: Path, target: Path) -> tuple[int, bool]:
+def _one(job: Job, worker: Local | Remote, source: Path, target: Path) -> tuple[int, bool]:
     """Do one picture; how many faces changed, and whether it was copied for lack of any."""
     from mien import pictures
-    from mien.store import write_atomically
+    from mien.files import write_atomically
 
     if target.exists() and not job.overwrite:
         raise Stop(f"{target} exists; --overwrite replaces it", FILE_TROUBLE)
     if video.is_video(source):
-        report = _run_clip(job, model, code, source, target)
+        if isinstance(worker, Remote):
+            raise Stop("a clip: --url does pictures", USAGE)
+        report = _run_clip(job, worker.model, worker.code, source, target)
         return len(report.trajectories), not report.trajectories
     data = source.read_bytes()
-    run = model.anonymize_bytes if job.operation == "anonymize" else model.recover_bytes
     try:
-        result = run(
-            data,
-            code=code,
-            faces=job.faces,
-            format=job.format,
-            quality=job.quality,
-            keep_metadata=job.keep_metadata,
-        )
-        out, faces = result.data, len(result.faces)
+        out, faces = worker.edit(data, job)
     except errors.NoFaceFound:
         if job.on_no_face is not OnNoFace.copy:
             raise
@@ -580,8 +702,7 @@ def _run_clip(job: Job, model: Model, code: Code | None, source: Path, target: P
 
 def _run_folder(
     job: Job,
-    model: Model,
-    code: Code,
+    worker: Local | Remote,
     pairs: list[tuple[Path, Path]],
     troubles: list[tuple[Path, str]],
     target: Path,
@@ -589,12 +710,14 @@ def _run_folder(
     tally = Tally(failed=list(troubles))
     for source, to in _progress(pairs, job):
         try:
-            faces, copied = _one(job, model, code, source, to)
+            faces, copied = _one(job, worker, source, to)
         except errors.NoFaceFound as error:
             if job.on_no_face is OnNoFace.skip:
                 tally.skipped += 1
             else:
                 tally.failed.append((source, str(error)))
+        except (errors.AccessDenied, errors.InvalidPassword):
+            raise  # the same for every picture
         except (errors.MienError, Stop) as error:
             tally.failed.append((source, str(error)))
         except OSError as error:

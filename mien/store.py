@@ -21,6 +21,7 @@ from torch import nn
 
 from mien import geometry, networks
 from mien.errors import ModelError, ModelIntegrityError
+from mien.files import write_atomically as write_atomically  # where it used to live
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -103,17 +104,3 @@ def load_config(folder: str | os.PathLike[str]) -> ModelConfig:
         raise ModelError(f"no model in {folder}: cannot read {CONFIG} ({error.strerror})") from error
     except (ValidationError, ValueError) as error:
         raise ModelError(f"{path} is not a model config this version knows: {error}") from error
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a reader, a crash or a full disk never sees half of it; the old file stays until then."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
