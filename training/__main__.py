@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 
 from training.config import load
 
 
 def main() -> int:
-    """Exit codes: 0 finished, 1 the config or the data is wrong, 143 interrupted and saved (Kubernetes retries)."""
+    """Exit codes: 0 finished; 1 the config or the data is wrong, or training diverged; 143 (Kubernetes retries)
+    interrupted and saved, or another process of the run was lost."""
     parser = argparse.ArgumentParser(
         prog="training", description="Train a transformer; goes on from the last checkpoint where the run exists."
     )
@@ -26,7 +28,12 @@ def main() -> int:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optimizer.lr=2e-4")
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    logging.basicConfig(
+        level=logging.INFO if rank == "0" else logging.WARNING,
+        format="%(asctime)s %(message)s" if rank == "0" else f"%(asctime)s [process {rank}] %(message)s",
+        stream=sys.stderr,
+    )
     try:
         config = load(arguments.config, arguments.overrides)
     except ValueError as error:
@@ -36,17 +43,22 @@ def main() -> int:
         return 0
     from mien.errors import MienError
     from training.data import ShardError
+    from training.distributed import PeerLost
     from training.loop import train
 
     try:
         outcome = train(config, stop_at=arguments.stop_at, allow_change=frozenset(arguments.allow_change))
+    except PeerLost as error:
+        sys.stderr.write(f"training: {error}; the same command goes on from the last checkpoint\n")
+        return 143
     except (MienError, ShardError, ValueError) as error:
         sys.stderr.write(f"training: {error}\n")
         return 1
-    if outcome.model is not None:
-        sys.stdout.write(f"{outcome.model}\n")
+    if rank == "0":
+        stopped = f"{config.runs}/{config.name} stopped at {outcome.nimg} images"
+        sys.stdout.write(f"{outcome.model or stopped}\n")
+    if outcome.finished:
         return 0
-    sys.stdout.write(f"{config.runs}/{config.name} stopped at {outcome.nimg} images\n")
     return 0 if arguments.stop_at is not None and outcome.nimg >= arguments.stop_at else 143
 
 

@@ -153,6 +153,7 @@ class RunConfig(Config):
     )
     accumulate: PositiveInt = Field(1, description="micro-batches that a process cuts its part of a batch into")
     timeout: PositiveFloat = Field(300, description="seconds after which a process that waits for another gives up")
+    patience: PositiveFloat = Field(600, description="seconds for which a store that does not answer is asked again")
     max_skipped: PositiveInt = Field(10, description="steps in a row that may be skipped because they were not finite")
     bf16: bool = False
     channels_last: bool = False

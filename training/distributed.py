@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -31,6 +31,10 @@ class DistributedError(MienError):
     """The first process could not do what all wait for; every process raises this with its message."""
 
 
+class PeerLost(MienError):
+    """Another process of the run died, or did not answer in time: the run goes on when it is started again."""
+
+
 @dataclass(frozen=True)
 class World:
     """All processes of a run as seen from one of them."""
@@ -38,6 +42,9 @@ class World:
     rank: int
     size: int
     device: torch.device
+    # What waits for a store or a file system waits in this group, which has more patience. A peer's death is noticed
+    # at once in both.
+    patient: dist.ProcessGroup | None = None
 
     @property
     def first(self) -> bool:
@@ -55,7 +62,8 @@ class World:
         if self.size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor)
+        with _talking():
+            dist.all_reduce(tensor)
         return list(tensor.tolist())
 
     def any(self, flag: bool) -> bool:
@@ -67,15 +75,16 @@ class World:
         if self.size > 1:
             flat = tensor.view(-1)
             step = max(1, BUCKET_BYTES // flat.element_size())
-            works = [dist.all_reduce(flat[i : i + step], async_op=True) for i in range(0, len(flat), step)]
-            for work in works:
-                work.wait()
+            with _talking():
+                works = [dist.all_reduce(flat[i : i + step], async_op=True) for i in range(0, len(flat), step)]
+                for work in works:
+                    work.wait()
         return tensor
 
     def broadcast_(self, module: nn.Module) -> None:
         """Give every process the first one's parameters and buffers."""
         if self.size > 1:
-            with torch.no_grad():
+            with torch.no_grad(), _talking():
                 for tensor in [*module.parameters(), *module.buffers()]:
                     whole = tensor.detach().contiguous()
                     dist.broadcast(whole, src=0)
@@ -88,12 +97,13 @@ class World:
                 raise ValueError("the first process has nothing to give")
             return data
         length = torch.tensor(len(data or b""), dtype=torch.int64)
-        dist.broadcast(length, src=0)
-        buffer = torch.empty(int(length), dtype=torch.uint8)
-        if self.first and data:
-            buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        for start in range(0, len(buffer), BUCKET_BYTES):
-            dist.broadcast(buffer[start : start + BUCKET_BYTES], src=0)
+        with _talking():
+            dist.broadcast(length, src=0, group=self.patient)
+            buffer = torch.empty(int(length), dtype=torch.uint8)
+            if self.first and data:
+                buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            for start in range(0, len(buffer), BUCKET_BYTES):
+                dist.broadcast(buffer[start : start + BUCKET_BYTES], src=0, group=self.patient)
         return bytes(buffer.numpy().tobytes())
 
     def on_first(self, action: Callable[[], T]) -> T | None:
@@ -136,12 +146,13 @@ def alone(device: torch.device) -> World:
     return World(0, 1, device)
 
 
-def join(device: str, *, timeout: float) -> World:
+def join(device: str, *, timeout: float, patience: float) -> World:
     """Meet the other processes that torchrun started.
 
     Args:
         device: ``cpu``, ``cuda`` or ``auto`` (CUDA where there is one).
         timeout: seconds after which a process that waits for another gives up.
+        patience: seconds more where the other may be waiting for a store.
 
     Raises:
         DistributedError: they did not meet.
@@ -164,7 +175,20 @@ def join(device: str, *, timeout: float) -> World:
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
         raise DistributedError(f"the processes of this run did not meet at {where}: {error}") from error
-    return World(dist.get_rank(), dist.get_world_size(), chosen)
+    with _talking():
+        patient = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout + patience))
+    return World(dist.get_rank(), dist.get_world_size(), chosen, patient)
+
+
+@contextmanager
+def _talking() -> Iterator[None]:
+    """What the backends raise when a peer is gone, as :class:`PeerLost`."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo raises no other; NCCL and the store raise kinds of it
+        raise PeerLost(
+            f"another process of this run is gone or does not answer: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def leave() -> None:

@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import json
 import logging
-import os
+import shutil
 import signal
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from mien import networks, store
-from training import checkpoint
+import storage
+from mien import networks, recognisers, store
+from training import distributed
+from training.checkpoint import Checkpoints, snapshot
 from training.config import RunConfig
 from training.data import FaceShards, Order
+from training.distributed import World
 from training.draws import Draws
 from training.export import export, git_commit
 from training.samples import chain, from_uint8, grid
 from training.step import Trainer, draw_codes
-from training.tracking import JsonLines, MLflow, Tolerant, Tracker
+from training.tracking import JsonLines, MLflow, Tolerant, Tracker, beginning, new_key
 
 logger = logging.getLogger(__name__)
 
@@ -39,153 +45,240 @@ class Outcome:
     model: Path | None
 
 
-def train(config: RunConfig, *, stop_at: int | None = None, allow_change: frozenset[str] = frozenset()) -> Outcome:
-    """Train until ``config.total_images``; goes on from the last whole checkpoint where the run exists.
+OnBatch = Callable[[int, NDArray[np.int64]], None]
+"""``hook(nimg, indices)``: what a process is about to train on, for tests and for looking into the data's order."""
+
+
+def train(
+    config: RunConfig,
+    *,
+    stop_at: int | None = None,
+    allow_change: frozenset[str] = frozenset(),
+    on_batch: OnBatch | None = None,
+) -> Outcome:
+    """Train until ``config.total_images`` are seen; goes on from the last whole checkpoint where the run exists.
+
+    Under torchrun every process calls this alike. The run ends with the first whole batch at or past its end.
 
     Args:
         config: the run.
         allow_change: sections in which the config may differ from the one the run began with (a curriculum); every
             config a run has had is kept in its folder.
         stop_at: end (with a checkpoint) once so many images are seen: for tests and for rationed machines.
+        on_batch: told of every batch before its step.
 
     Raises:
         training.data.ShardError: the data is not what its manifest says.
-        ValueError: the run exists with another config.
+        training.distributed.PeerLost: another process died; start the run again.
+        training.step.TrainingDiverged: too many steps in a row were not finite.
+        storage.StorageError: checkpoints cannot be read, or the last one cannot be written.
+        ValueError: the run exists with another config, or the batch is too small to be divided.
     """
-    device = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    )
     if config.threads:
         torch.set_num_threads(config.threads)
+    world = distributed.join(config.device, timeout=config.timeout, patience=config.patience)
+    try:
+        return _train(config, world, stop_at, allow_change, on_batch)
+    finally:
+        distributed.leave()
+
+
+def _train(
+    config: RunConfig, world: World, stop_at: int | None, allow_change: frozenset[str], on_batch: OnBatch | None
+) -> Outcome:
+    device = world.device
+    if config.batch < world.size * config.accumulate:
+        raise ValueError(
+            f"a batch of {config.batch} cannot be divided over {world.size} processes and {config.accumulate}"
+            " micro-batches; give a larger batch"
+        )
     folder = Path(config.runs) / config.name
-    (folder / "samples").mkdir(parents=True, exist_ok=True)
-    _same_config(config, folder, allow_change)
+    place = storage.open_prefix(config.checkpoints or folder / "checkpoints", patience=config.patience)
+    checkpoints = Checkpoints(place, keep=config.keep_checkpoints)
+    world.on_first(lambda: _prepare(config, folder, place, allow_change))
     shards = FaceShards(config.data.shards, "train", limit=config.data.limit)
-    validation = Validation(FaceShards(config.data.shards, "val", limit=256), config, device)
+    validation = Validation(FaceShards(config.data.shards, "val", limit=256), config, world)
     order = Order(len(shards), config.seed)
-    trainer = Trainer(config, identities=shards.identities, device=device)
+    trainer = Trainer(config, identities=shards.identities, device=device, world=world)
     logger.info(
-        "%s: %d training crops of %d identities; T has %.2f M parameters; on %s",
-        config.name, len(shards), shards.identities, networks.count_parameters(trainer.transformer) / 1e6, device,
+        "%s: %d training crops of %d identities; T has %.2f M parameters; %d processes on %s, %s",
+        config.name, len(shards), shards.identities, networks.count_parameters(trainer.transformer) / 1e6,
+        world.size, device, config.strategy,
     )  # fmt: skip
 
-    resumed = checkpoint.latest(folder / "checkpoints")
-    nimg, run_id = 0, None
+    nimg, known = 0, {}
+    resumed = checkpoints.resume(world)
     if resumed is not None:
-        nimg, state = resumed
-        trainer.load_state_dict(state["trainer"])
-        run_id = state["mlflow_run_id"]
+        nimg, known = resumed
+        if known.get("config"):
+            _refuse_change(config.model_dump(mode="json"), known["config"], place.url, allow_change)
+        trainer.load_state_dict(known["trainer"])
         logger.info("going on from %d images", nimg)
+        del resumed
     elif trainer.learns_recogniser:
         logger.info("centring F's head on %d identities", shards.identities)
-        trainer.centre_head(_everything(shards))
-    trackers, run_id = _trackers(config, folder, run_id, shards.digest)
+        trainer.centre_head(_labelled(shards, world))
+    trackers = _trackers(config, folder, known, shards, world) if world.first else []
 
-    interrupted = _Interrupt()
+    part = world.part(config.batch)
     end = min(config.total_images, stop_at or config.total_images)
-    meter = _Meter(nimg, config.total_images)
+    meter = _Meter(nimg, config.total_images, quiet=not world.first)
+    begun, score, interrupted = nimg, None, _Interrupt()
     with ThreadPoolExecutor(2) as pool, interrupted:
-        while nimg < end and not interrupted:
+        stopping = world.any(bool(interrupted))
+        while nimg < end and not stopping:
             waited = time.perf_counter()
-            size = min(config.batch, end - nimg)
-            batch = shards.decode(order.take(nimg, nimg + size), pool)
+            indices = order.take(nimg + part.start, nimg + part.stop)
+            batch = shards.decode(indices, pool)
             images = from_uint8(batch.images, device)
             if config.data.flip:
-                flips = torch.from_numpy(np.random.default_rng([config.seed, 1, nimg]).random(size) < 0.5).to(device)
-                images = torch.where(flips[:, None, None, None], images.flip(3), images)
+                draws = Draws(config.seed, nimg + part.start, nimg + part.stop, step=nimg)
+                flips = (draws.rows(len(images), 1) < 0.5).to(device)
+                images = torch.where(flips[:, :, None, None], images.flip(3), images)
             waited = time.perf_counter() - waited
-            figures = trainer.step(images, torch.from_numpy(batch.identities).to(device), nimg)
-            previous, nimg = nimg, nimg + size
-            meter.add(figures, size, waited)
+            if on_batch is not None:
+                on_batch(nimg, indices)
+            figures = trainer.step(images, torch.from_numpy(batch.identities).to(device), nimg, place=part.start)
+            previous, nimg = nimg, nimg + config.batch
+            meter.add(figures, config.batch, waited)
+            # Agreed, so that all stop after the same step: a signal reaches processes one after another, or only one.
+            stopping = world.any(bool(interrupted))
 
-            if _due(config.log_every, previous, nimg) or nimg == end:
+            if _due(config.log_every, previous, nimg) or nimg >= end:
                 line = meter.flush(nimg)
                 for tracker in trackers:
                     tracker.figures(nimg, line)
-            if _due(config.sample_every, previous, nimg) or nimg == config.total_images:
+            if _due(config.sample_every, previous, nimg) or nimg >= config.total_images:
                 figures, picture = validation.look(trainer.ema.network)
-                path = folder / "samples" / f"nimg-{nimg:012d}.png"
-                Image.fromarray(picture).save(path)
+                score = figures["score"]
                 logger.info("validation at %d: %s", nimg, " ".join(f"{k}={v:.3f}" for k, v in figures.items()))
-                for tracker in trackers:
-                    tracker.figures(nimg, {f"val/{_plain(k)}": v for k, v in figures.items()})
-                    tracker.picture(nimg, path)
-            if _due(config.checkpoint_every, previous, nimg) or nimg == end or interrupted:
-                state = {"trainer": trainer.state_dict(), "mlflow_run_id": run_id}
-                checkpoint.write(folder / "checkpoints", nimg, state, keep=config.keep_checkpoints)
+                if picture is not None:
+                    path = folder / "samples" / f"nimg-{nimg:012d}.png"
+                    Image.fromarray(picture).save(path)
+                    for tracker in trackers:
+                        tracker.figures(nimg, {f"val/{_plain(k)}": v for k, v in figures.items()})
+                        tracker.picture(nimg, path)
+            else:
+                score = None
+            if _due(config.checkpoint_every, previous, nimg) and nimg < end and not stopping:
+                state = _state(trainer, trackers, known)
+                if world.first:
+                    checkpoints.save(snapshot(nimg, state, score))
+        if nimg > begun:
+            state = _state(trainer, trackers, known)
+            world.on_first(lambda: checkpoints.save_now(snapshot(nimg, state, score)))
+    checkpoints.close()
 
     if nimg < config.total_images:
         logger.info("stopped at %d images, saved; the same command goes on", nimg)
+        for tracker in trackers:
+            tracker.close()
         return Outcome(False, nimg, None)
     figures, _ = validation.look(trainer.ema.network)
     model = Path(config.export) if config.export else folder / "model"
-    export(trainer.ema.network, config, model, nimg=nimg, data_digest=shards.digest, figures=figures)
-    for tracker in trackers:
-        tracker.finish(model)
+
+    def hand_over() -> None:
+        export(trainer.ema.network, config, model, nimg=nimg, data_digest=shards.digest, figures=figures)
+        if trackers and model != folder / "model":
+            shutil.copytree(model, folder / "model", dirs_exist_ok=True)
+        for tracker in trackers:
+            tracker.finish(folder / "model")
+            tracker.close()
+
+    world.on_first(hand_over)
     return Outcome(True, nimg, model)
 
 
+def _prepare(config: RunConfig, folder: Path, place: storage.Prefix, allow_change: frozenset[str]) -> None:
+    """What the first process does before all others begin."""
+    place.check()
+    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    _same_config(config, folder, allow_change)
+
+
+def _state(trainer: Trainer, trackers: list[Tracker], known: dict[str, Any]) -> dict[str, Any]:
+    """Everything a checkpoint holds. All processes call it: some of it is spread over them."""
+    state = {"trainer": trainer.state_dict(), "config": trainer.config.model_dump(mode="json")}
+    state |= {key: known.get(key) for key in ("mlflow_key", "mlflow_run_id")}
+    for tracker in trackers:
+        if isinstance(tracker, Tolerant) and isinstance(tracker.inner, MLflow):
+            state["mlflow_key"], state["mlflow_run_id"] = tracker.inner.key, tracker.inner.run_id
+    return state
+
+
+_COSINES = (("I", "A1"), ("I", "R"), ("I", "WR1"), ("A1", "WR1"), ("A1", "A2"), ("WR1", "WR2"))
+
+
 class Validation:
-    """Fixed faces of identities kept apart, under fixed codes."""
+    """Fixed faces of identities kept apart, under fixed codes; every process looks at its part of them."""
 
-    def __init__(self, shards: FaceShards, config: RunConfig, device: torch.device) -> None:
-        from mien import recognisers
-
-        batch = shards.decode(np.arange(len(shards)))
-        self.images = from_uint8(batch.images)
-        self.device, self.bits = device, config.bits
-        self.codes = draw_codes(config.bits, near_miss=0.0, draws=Draws(20, 0, len(self.images)))
+    def __init__(self, shards: FaceShards, config: RunConfig, world: World) -> None:
+        self.world = world
+        part = world.part(len(shards))
+        self.images = (
+            from_uint8(shards.decode(np.arange(part.start, part.stop)).images) if part.stop > part.start else None
+        )
+        codes = draw_codes(config.bits, near_miss=0.0, draws=Draws(20, 0, len(shards)))
+        self.codes = [c[part].to(world.device) for c in (codes.first, codes.second, codes.wrong, codes.other_wrong)]
         # A frozen copy: F itself moves while it trains, and figures must be comparable along a run.
-        self.recogniser = recognisers.load(config.recogniser.name, config.recogniser.weights).eval().to(device)
+        self.recogniser = recognisers.load(config.recogniser.name, config.recogniser.weights).eval().to(world.device)
 
     @torch.no_grad()
-    def look(self, network: nn.Module, shown: int = 10) -> tuple[dict[str, float], np.ndarray]:
-        """Figures over all validation faces and a grid (uint8 ``[H, W, 3]``) of the first few."""
-        sums: dict[str, list[Tensor]] = {}
-        picture: np.ndarray | None = None
-        for start in range(0, len(self.images), 32):
+    def look(self, network: nn.Module, shown: int = 10) -> tuple[dict[str, float], NDArray[np.uint8] | None]:
+        """Figures over all validation faces, the same on all processes, and on the first one a grid.
+
+        Returns:
+            Cosines and L1 distances, and ``score``, by which the best checkpoint is kept: the part of identity that A
+            and WR keep and that R loses, smaller is better. The grid is uint8 ``[H, W, 3]``, of the first few faces.
+        """
+        names = [*(f"cos({a},{b})" for a, b in _COSINES), "L1(I,R)", "L1(I,A1)"]
+        sums = torch.zeros(len(names) + 1, dtype=torch.float64)
+        picture: NDArray[np.uint8] | None = None
+        for start in range(0, 0 if self.images is None else len(self.images), 32):
             part = slice(start, start + 32)
-            codes = [
-                c[part].to(self.device)
-                for c in (self.codes.first, self.codes.second, self.codes.wrong, self.codes.other_wrong)
-            ]
-            made = chain(network, self.images[part].to(self.device), *codes)
-            if picture is None:
+            made = chain(network, self.images[part].to(self.world.device), *(c[part] for c in self.codes))
+            if picture is None and self.world.first:
                 picture = grid({k: v[:shown] for k, v in made.items()})
             e = {k: self.recogniser(v).float() for k, v in made.items()}
-            for a, b in (("I", "A1"), ("I", "R"), ("I", "WR1"), ("A1", "WR1"), ("A1", "A2"), ("WR1", "WR2")):
-                sums.setdefault(f"cos({a},{b})", []).append(torch.cosine_similarity(e[a], e[b]))
-            sums.setdefault("L1(I,R)", []).append((made["I"] - made["R"]).abs().mean(dim=(1, 2, 3)))
-            sums.setdefault("L1(I,A1)", []).append((made["I"] - made["A1"]).abs().mean(dim=(1, 2, 3)))
-        assert picture is not None  # noqa: S101 - FaceShards refuses an empty split
-        return {k: torch.cat(v).mean().item() for k, v in sums.items()}, picture
+            values = [torch.cosine_similarity(e[a], e[b]) for a, b in _COSINES]
+            values += [(made["I"] - made[k]).abs().mean(dim=(1, 2, 3)) for k in ("R", "A1")]
+            values.append(torch.ones_like(values[0]))
+            sums += torch.stack(values).double().sum(dim=1).cpu()
+        *totals, count = self.world.sum(*sums.tolist())
+        figures = {name: total / count for name, total in zip(names, totals, strict=True)}
+        hidden = max(0.0, figures["cos(I,A1)"]) + max(0.0, figures["cos(I,WR1)"])
+        return figures | {"score": hidden + 1 - figures["cos(I,R)"]}, picture
 
 
 class _Meter:
     """Means of the figures since the last line, throughput, share of time spent waiting for data, time left."""
 
-    def __init__(self, nimg: int, total: int) -> None:
-        self._total = total
+    def __init__(self, nimg: int, total: int, *, quiet: bool) -> None:
+        self._total, self._quiet = total, quiet
         self._reset(nimg)
 
     def _reset(self, nimg: int) -> None:
         self._start, self._since, self._waited = nimg, time.perf_counter(), 0.0
-        self._sums: dict[str, float] = {}
+        self._sums: dict[str, tuple[float, int]] = {}
         self._count = 0
 
     def add(self, figures: dict[str, float], size: int, waited: float) -> None:
         self._waited += waited
         self._count += size
         for key, value in figures.items():
-            self._sums[_plain(key)] = self._sums.get(_plain(key), 0.0) + value * size
+            total, count = self._sums.get(_plain(key), (0.0, 0))
+            self._sums[_plain(key)] = total + value * size, count + size
 
     def flush(self, nimg: int) -> dict[str, float]:
         elapsed = max(time.perf_counter() - self._since, 1e-9)
-        line = {k: v / self._count for k, v in self._sums.items()}
+        line = {k: total / count for k, (total, count) in self._sums.items() if k != "skipped"}
+        if "skipped" in self._sums:  # the share of skipped steps; a skipped step has no other figures
+            line["skipped"] = self._sums["skipped"][0] / self._count
         line |= {"images_per_second": self._count / elapsed, "data_wait": self._waited / elapsed}
         left = (self._total - nimg) / line["images_per_second"]
         shown = " ".join(f"{k}={v:.3f}" for k, v in line.items())
-        logger.info("%d/%d, %d min left: %s", nimg, self._total, left / 60, shown)
+        if not self._quiet:
+            logger.info("%d/%d, %d min left: %s", nimg, self._total, left / 60, shown)
         self._reset(nimg)
         return line
 
@@ -219,50 +312,66 @@ def _plain(name: str) -> str:
     return name.replace("(", "_").replace(",", "_").replace(")", "")
 
 
-def _everything(shards: FaceShards) -> list[tuple[Tensor, Tensor]]:
+def _labelled(shards: FaceShards, world: World) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's part of the labelled training samples."""
     labelled = np.array([i for i, s in enumerate(shards.samples) if s.identity >= 0], dtype=np.int64)
-    out = []
-    for start in range(0, len(labelled), 64):
-        batch = shards.decode(labelled[start : start + 64])
-        out.append((from_uint8(batch.images), torch.from_numpy(batch.identities)))
-    return out
+    part = world.part(len(labelled))
+    for start in range(part.start, part.stop, 64):
+        batch = shards.decode(labelled[start : min(start + 64, part.stop)])
+        yield from_uint8(batch.images), torch.from_numpy(batch.identities)
 
 
 # What may differ between the run that wrote a checkpoint and the one that goes on from it.
 _MAY_CHANGE = {"runs", "device", "threads", "compile", "log_every", "sample_every", "checkpoint_every", "export",
-               "keep_checkpoints", "mlflow", "total_images"}  # fmt: skip
+               "keep_checkpoints", "checkpoints", "mlflow", "total_images", "strategy", "accumulate", "timeout",
+               "patience", "max_skipped"}  # fmt: skip
 
 
 def _same_config(config: RunConfig, folder: Path, allow_change: frozenset[str]) -> None:
     path, mine = folder / "config.json", config.model_dump(mode="json")
     if path.exists():
         theirs = json.loads(path.read_text())
-        differing = {k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k)}
-        forbidden = sorted(differing - _MAY_CHANGE - allow_change)
-        if forbidden:
-            raise ValueError(
-                f"the run {folder} exists with another {', '.join(forbidden)}; give this one another name, go on with "
-                f"the old config, or say --allow-change {forbidden[0]}"
-            )
-        if differing & allow_change:
+        changed = _refuse_change(mine, theirs, str(folder), allow_change)
+        if changed:
             number = len(list(folder.glob("config.until-*.json")))
             store.write_atomically(folder / f"config.until-{number}.json", path.read_bytes())
-            logger.info("going on with another %s", ", ".join(sorted(differing & allow_change)))
+            logger.info("going on with another %s", ", ".join(changed))
     store.write_atomically(path, (json.dumps(mine, indent=2) + "\n").encode())
 
 
+def _refuse_change(mine: dict[str, Any], theirs: dict[str, Any], where: str, allow_change: frozenset[str]) -> list[str]:
+    """The sections that differ and are allowed to; raises ValueError where others do."""
+    differing = {k for k in mine.keys() | theirs.keys() if mine.get(k) != theirs.get(k)} - _MAY_CHANGE
+    forbidden = sorted(differing - allow_change)
+    if forbidden:
+        raise ValueError(
+            f"the run {where} exists with another {', '.join(forbidden)}; give this one another name, go on with "
+            f"the old config, or say --allow-change {forbidden[0]}"
+        )
+    return sorted(differing)
+
+
 def _trackers(
-    config: RunConfig, folder: Path, run_id: str | None, data_digest: str
-) -> tuple[list[Tracker], str | None]:
+    config: RunConfig, folder: Path, known: dict[str, Any], shards: FaceShards, world: World
+) -> list[Tracker]:
     trackers: list[Tracker] = [JsonLines(folder / "log.jsonl")]
     if config.mlflow:
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-        tags = {"git_commit": git_commit() or "unknown", "data_digest": data_digest, "torch": torch.__version__}
-        try:
-            mlflow = MLflow(config.mlflow, name=config.name, run_id=run_id, params=config.model_dump(), tags=tags)
-        except Exception as error:
-            logger.warning("MLflow at %s does not answer, this run logs to its folder alone: %s", config.mlflow, error)
-        else:
-            run_id = mlflow.run_id
-            trackers.append(Tolerant(mlflow))
-    return trackers, run_id
+        tags = {
+            "git_commit": git_commit() or "unknown",
+            "data_digest": shards.digest,
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
+            "processes": str(world.size),
+        }
+        begin = beginning(
+            name=config.name,
+            params=config.model_dump(),
+            tags=tags,
+            shards=config.data.shards,
+            digest=shards.digest,
+            samples=len(shards),
+            run_id=known.get("mlflow_run_id"),
+        )
+        key = known.get("mlflow_key") or new_key(folder)
+        trackers.append(Tolerant(MLflow(config.mlflow, folder=folder, key=key, begin=begin)))
+    return trackers

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from training import checkpoint
+import storage
+from training.checkpoint import Checkpoints, latest, snapshot
 
 
 def _state(value: float) -> dict[str, object]:
     return {"a": {"weights": torch.full((3, 2), value), 0: [1, 2.5, None, True, "x"]}, "b": torch.tensor(7)}
 
 
+def _checkpoints(folder: Path, keep: int = 2) -> Checkpoints:
+    return Checkpoints(storage.open_prefix(folder), keep=keep)
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
 def test_what_is_written_is_read_back_with_its_structure(tmp_path: Path) -> None:
-    checkpoint.write(tmp_path, 80, _state(0.25), keep=2)
-    found = checkpoint.latest(tmp_path)
+    _checkpoints(tmp_path).save_now(snapshot(80, _state(0.25)))
+    found = latest(storage.open_prefix(tmp_path))
     assert found is not None
     nimg, state = found
     assert nimg == 80
@@ -25,42 +37,101 @@ def test_what_is_written_is_read_back_with_its_structure(tmp_path: Path) -> None
 
 
 def test_a_folder_without_checkpoints_has_none(tmp_path: Path) -> None:
-    assert checkpoint.latest(tmp_path / "nothing") is None
+    assert latest(storage.open_prefix(tmp_path / "nothing")) is None
 
 
-def test_only_the_last_few_are_kept(tmp_path: Path) -> None:
-    for nimg in (1, 2, 3, 4):
-        checkpoint.write(tmp_path, nimg, _state(nimg), keep=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["nimg-000000000003", "nimg-000000000004"]
+def test_the_last_few_and_the_best_are_kept(tmp_path: Path) -> None:
+    checkpoints = _checkpoints(tmp_path)
+    for nimg, score in ((1, 0.9), (2, 0.3), (3, 0.5), (4, None), (5, 0.4)):
+        checkpoints.save_now(snapshot(nimg, _state(nimg), score))
+    assert _names(tmp_path) == [f"nimg-{n:012d}" for n in (2, 4, 5)]
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "no structure"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "no structure", "no tensors"])
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    checkpoint.write(tmp_path, 1, _state(1), keep=2)
-    newest = checkpoint.write(tmp_path, 2, _state(2), keep=2)
-    path = newest / "state.safetensors"
+    for nimg in (1, 2):
+        _checkpoints(tmp_path).save_now(snapshot(nimg, _state(nimg)))
+    path = tmp_path / "nimg-000000000002" / "state.safetensors"
     data = bytearray(path.read_bytes())
     if damage == "flip":
         data[-1] ^= 1
         path.write_bytes(data)
     elif damage == "truncate":
         path.write_bytes(data[: len(data) // 2])
+    elif damage == "no tensors":
+        path.unlink()
     else:
-        (newest / "state.json").write_text("{")
-    found = checkpoint.latest(tmp_path)
+        path.with_name("state.json").write_text("{")
+    found = latest(storage.open_prefix(tmp_path))
     assert found is not None and found[0] == 1
     assert "nimg-000000000002" in caplog.text
 
 
-def test_a_write_that_was_killed_leaves_nothing_that_counts(tmp_path: Path) -> None:
-    (tmp_path / ".nimg-000000000009.1.tmp").mkdir()
-    assert checkpoint.latest(tmp_path) is None
-    checkpoint.write(tmp_path, 1, _state(1), keep=2)
-    assert [p.name for p in tmp_path.iterdir()] == ["nimg-000000000001"]
+def test_a_write_that_was_killed_leaves_nothing_that_counts_and_is_cleared_away(tmp_path: Path) -> None:
+    _checkpoints(tmp_path).save_now(snapshot(9, _state(9)))
+    (tmp_path / "nimg-000000000009" / "state.json").unlink()  # killed between the two files
+    (tmp_path / "nimg-000000000009" / ".state.json.1.tmp").write_text("torn")
+    assert latest(storage.open_prefix(tmp_path)) is None
+    _checkpoints(tmp_path).save_now(snapshot(1, _state(1)))
+    assert _names(tmp_path)[0] == "nimg-000000000001"
+    assert list((tmp_path).rglob("state.*")) == list((tmp_path / "nimg-000000000001").iterdir())
 
 
-def test_an_object_that_is_not_data_is_refused(tmp_path: Path) -> None:
+def test_an_object_that_is_not_data_is_refused() -> None:
     with pytest.raises(TypeError, match="function"):
-        checkpoint.write(tmp_path, 1, {"f": lambda: None}, keep=1)
+        snapshot(1, {"f": lambda: None})
+
+
+class _Slow(storage.Folder):
+    """A folder whose disk takes its time, or breaks."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.go, self.broken, self.threads = threading.Event(), False, set()
+
+    def write(self, name: str, source: bytes | Path) -> storage.Written:
+        self.threads.add(threading.current_thread())
+        assert self.go.wait(30)
+        if self.broken:
+            raise storage.StorageFull("no space left")
+        return super().write(name, source)
+
+
+def test_training_goes_on_while_a_checkpoint_of_an_earlier_moment_is_written(tmp_path: Path) -> None:
+    place = _Slow(tmp_path)
+    checkpoints = Checkpoints(place, keep=5)
+    weights = torch.zeros(3)
+    assert checkpoints.save(snapshot(1, {"w": weights}))
+    weights += 1  # what training does meanwhile is not in the checkpoint
+    began = time.monotonic()
+    assert not checkpoints.save(snapshot(2, {"w": weights}), patience=0.2)  # one at most is under way
+    assert time.monotonic() - began < 5
+    place.go.set()
+    assert checkpoints.save(snapshot(3, {"w": weights}))
+    checkpoints.close()
+    assert threading.current_thread() not in place.threads
+    assert _names(tmp_path) == ["nimg-000000000001", "nimg-000000000003"]
+    record = json.loads((tmp_path / "nimg-000000000001" / "state.json").read_text())
+    assert record["nimg"] == 1
+    (tmp_path / "nimg-000000000003" / "state.json").unlink()
+    found = latest(storage.open_prefix(tmp_path))
+    assert found is not None and torch.equal(found[1]["w"], torch.zeros(3))
+
+
+def test_a_checkpoint_that_cannot_be_written_stops_nothing_but_the_last_one_is_an_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = _Slow(tmp_path)
+    place.go.set()
+    place.broken = True
+    checkpoints = Checkpoints(place, keep=2)
+    assert checkpoints.save(snapshot(1, _state(1)))
+    assert checkpoints.save(snapshot(2, _state(2)))
+    assert "no space left" in caplog.text
+    with pytest.raises(storage.StorageFull):
+        checkpoints.save_now(snapshot(3, _state(3)))
+    place.broken = False
+    checkpoints.save_now(snapshot(4, _state(4)))
+    assert _names(tmp_path) == ["nimg-000000000004"]

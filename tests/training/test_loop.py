@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import storage
 from mien import store
 from training import checkpoint
 from training.config import RunConfig
@@ -24,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def _weights(config: RunConfig) -> dict[str, torch.Tensor]:
-    found = checkpoint.latest(Path(config.runs) / config.name / "checkpoints")
+    found = checkpoint.latest(storage.open_prefix(Path(config.runs) / config.name / "checkpoints"))
     assert found is not None
     flat: dict[str, torch.Tensor] = {}
 
@@ -150,7 +151,7 @@ def test_sigterm_saves_and_exits_with_a_code_that_kubernetes_retries(tiny: RunCo
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
     assert process.returncode == 143
-    found = checkpoint.latest(Path(tiny.runs) / "tiny" / "checkpoints")
+    found = checkpoint.latest(storage.open_prefix(Path(tiny.runs) / "tiny" / "checkpoints"))
     assert found is not None and found[0] >= 2
 
 
