@@ -66,6 +66,11 @@ def derive_code(password: str, *, realm: str = DEFAULT_REALM, bits: int = 16) ->
     return np.unpackbits(np.frombuffer(raw, dtype=np.uint8))[:bits].astype(np.bool_)
 
 
+def check_password(password: str) -> None:
+    """Raise :class:`~mien.errors.InvalidPassword` where :func:`derive_code` would, without the cost of deriving."""
+    _normalise(password)
+
+
 def _normalise(password: str) -> bytes:
     if not isinstance(password, str) or not password:
         raise InvalidPassword("The password is empty. Give at least one character.")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager
 from importlib import resources
 from typing import Any, Final
 
@@ -67,7 +68,7 @@ class _Door:
         """The endpoint of ``anonymize`` or ``recover``."""
 
         async def endpoint(request: Request) -> Response:
-            with self._engine.request(operation, "http", request.state.request_id) as call:
+            with self._call(operation, request) as call:
                 as_json = _prefers_json(request.headers.get("accept"))
                 read = await self._read(request, call)
 
@@ -93,7 +94,7 @@ class _Door:
         return endpoint
 
     async def detect(self, request: Request) -> Response:
-        with self._engine.request("detect", "http", request.state.request_id) as call:
+        with self._call("detect", request) as call:
             read = await self._read(request, call)
 
             def work() -> tuple[bytes, str]:
@@ -120,6 +121,16 @@ class _Door:
             call.facts["bytes_out"] = len(content)
         return Response(content, media_type="application/json", headers={"X-Mien-Model-Digest": digest})
 
+    def _call(self, operation: Operation, request: Request) -> AbstractContextManager[Call]:
+        return self._engine.request(
+            operation,
+            "http",
+            request.state.request_id,
+            authorization=request.headers.get("authorization"),
+            peer=_peer(request),
+            uploading=True,
+        )
+
     async def _read(self, request: Request, call: Call) -> Parse:
         """The request's body, in memory and within the limit."""
         limit = self._engine.settings.max_body_bytes
@@ -128,11 +139,11 @@ class _Door:
             raise MalformedRequest("The content length is not a number.")
         if int(announced) > limit:
             raise too_large(limit)
+        settings = self._engine.settings
         stream = body_stream(
-            request.receive,
-            stall=self._engine.settings.stall_timeout,
-            deadline=call.started + self._engine.settings.request_timeout,
+            request.receive, stall=settings.stall_timeout, rate=settings.min_upload_rate, deadline=call.deadline
         )
+        stream = self._counted(call, stream)
         read = await read_body(stream, request.headers.get("content-type"), limit=limit)
 
         def counted() -> Body:
@@ -142,16 +153,28 @@ class _Door:
 
         return counted
 
+    async def _counted(self, call: Call, stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        async for chunk in stream:
+            self._engine.receive(call, len(chunk))
+            yield chunk
+
     # -- service ---------------------------------------------------------------------------------------------------
 
-    async def model(self, _: Request) -> Response:
-        model, settings = self._engine.model, self._engine.settings
-        if model is None:
+    async def model(self, request: Request) -> Response:
+        self._engine.gate.identify(request.headers.get("authorization"), _peer(request))
+        served, settings = self._engine.models.current, self._engine.settings
+        if served is None:
             raise NotReady("No model is loaded.")
+        model = served.model
         return _json(
             {
                 "digest": model.digest,
                 "version": self._engine.version,
+                "model_version": served.version,
+                "source": served.source,
+                "since": served.since.isoformat(timespec="seconds"),
+                "follows": self._engine.models.follows,
+                "failure": self._engine.models.failure,
                 "architecture": model.config.architecture.name,
                 "bits": model.bits,
                 "crop_size": model.config.crop_size,
@@ -178,6 +201,10 @@ class _Door:
 
     async def openapi(self, _: Request) -> Response:
         return _json(openapi.document(self._engine.settings, self._engine.version))
+
+
+def _peer(request: Request) -> str:
+    return request.client.host if request.client else ""
 
 
 def _json(document: Any) -> Response:

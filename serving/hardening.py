@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import ipaddress
 import resource
 import sys
 from contextlib import suppress
@@ -20,3 +21,11 @@ def forbid_core_dumps() -> None:
     if sys.platform == "linux":
         with suppress(OSError):
             ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine reaches what is bound to an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

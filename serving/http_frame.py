@@ -25,6 +25,7 @@ from serving.problems import (
     UploadStalled,
     detail_of,
     problem_of,
+    retry_after_of,
 )
 
 REQUEST_ID_HEADER: Final = "X-Request-Id"
@@ -53,7 +54,10 @@ def problem_response(error: Exception, request_id: str) -> Response:
         "detail": detail_of(error),
         "request_id": request_id,
     }
-    headers = {"Retry-After": str(problem.retry_after)} if problem.retry_after is not None else {}
+    retry_after = retry_after_of(error)
+    headers = {"Retry-After": str(retry_after)} if retry_after is not None else {}
+    if problem.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     return Response(json.dumps(document).encode(), status_code=problem.status, media_type=PROBLEM_TYPE, headers=headers)
 
 
@@ -143,27 +147,33 @@ async def _drain(receive: Receive, unread: Callable[[], bool]) -> None:
         left -= len(message.get("body", b""))
 
 
-async def body_stream(receive: Receive, *, stall: float, deadline: float) -> AsyncIterator[bytes]:
+async def body_stream(receive: Receive, *, stall: float, rate: int, deadline: float) -> AsyncIterator[bytes]:
     """The chunks of a request's body.
 
     Args:
         receive: of the ASGI request.
         stall: seconds without a byte after which the upload is given up.
+        rate: bytes a second that it must have averaged whenever it is at least ``stall`` seconds old: a byte now and
+            then keeps no upload alive.
         deadline: ``time.monotonic()`` at which it must be complete.
 
     Raises:
         UploadStalled: it was not in time.
         CallerGone: the connection was closed before the end.
     """
+    began, received = time.monotonic(), 0
     while True:
-        patience = min(stall, deadline - time.monotonic())
+        enough_until = began + max(stall, (received + 1) / rate) if rate else deadline
+        patience = min(stall, deadline - time.monotonic(), enough_until - time.monotonic())
         try:
             message = await asyncio.wait_for(receive(), max(0.0, patience))
         except TimeoutError:
-            raise UploadStalled("The upload stood still or took too long.") from None
+            raise UploadStalled("The upload stood still, was too slow or took too long.") from None
         if message["type"] == "http.disconnect":
             raise CallerGone("The connection was closed during the upload.")
-        yield message.get("body", b"")
+        chunk = message.get("body", b"")
+        received += len(chunk)
+        yield chunk
         if not message.get("more_body", False):
             return
 

@@ -55,7 +55,13 @@ class Metrics:
         )
         self.queue_depth = Gauge("mien_queue_depth", "Admitted requests that wait for a worker", registry=r)
         self.inflight = Gauge("mien_inflight_requests", "Requests a worker is busy with", registry=r)
-        self.model_info = Gauge("mien_model_info", "1 for the model that is served", ["digest", "version"], registry=r)
+        self.uploads = Gauge("mien_uploads", "Requests whose body is being received", registry=r)
+        self.streams = Gauge("mien_streams", "TransformStream calls open", registry=r)
+        self.frames = Counter("mien_frames_total", "Video frames answered", ["operation"], registry=r)
+        self.model_stale = Gauge(
+            "mien_model_stale", "1 while the model that was asked for is not the one that serves", registry=r
+        )
+        self.model_info = Gauge("mien_model_info", "1 for the model that serves", ["digest", "version"], registry=r)
         self.model_reloads = Counter(
             "mien_model_reloads_total", "Model loads, the first one included", ["outcome"], registry=r
         )
@@ -63,10 +69,24 @@ class Metrics:
         for outcome in ("ok", "failed"):
             self.model_reloads.labels(outcome)
 
-    def watch(self, *, queue_depth: Callable[[], int], inflight: Callable[[], int]) -> None:
-        """Read the two gauges from the engine whenever they are scraped."""
+    def watch(
+        self,
+        *,
+        queue_depth: Callable[[], int],
+        inflight: Callable[[], int],
+        uploads: Callable[[], int],
+        streams: Callable[[], int],
+    ) -> None:
+        """Read these gauges from the engine whenever they are scraped."""
         self.queue_depth.set_function(queue_depth)
         self.inflight.set_function(inflight)
+        self.uploads.set_function(uploads)
+        self.streams.set_function(streams)
+
+    def model(self, digest: str, version: str) -> None:
+        """Name the model that serves from now on, and it alone."""
+        self.model_info.clear()
+        self.model_info.labels(digest=digest, version=version).set(1)
 
     def render(self) -> bytes:
         """The Prometheus text exposition, :data:`CONTENT_TYPE`."""

@@ -15,12 +15,14 @@ from serving.settings import Settings
 
 _COMMON: tuple[type[Exception], ...] = (
     problems.MalformedRequest,
+    problems.Unauthenticated,
     problems.UploadStalled,
     problems.BodyTooLarge,
     errors.ImageTooLarge,
     problems.UnsupportedMediaType,
     errors.InvalidImage,
     errors.TooManyFaces,
+    problems.RateLimited,
     problems.Overloaded,
     Exception,
     problems.NotReady,
@@ -84,7 +86,13 @@ def document(settings: Settings, version: str) -> dict[str, Any]:
             "/readyz": {"get": _plain("ready", "Whether requests would be served", {503: "not (yet)"})},
             "/metrics": {"get": _plain("metrics", "Prometheus metrics", {})},
         },
-        "components": {"schemas": _schemas(), "headers": _headers()},
+        "components": {
+            "schemas": _schemas(),
+            "headers": _headers(),
+            "securitySchemes": {
+                "key": {"type": "http", "scheme": "bearer", "description": "an API key, where the service has keys"}
+            },
+        },
     }
 
 
@@ -93,6 +101,7 @@ def _edit(operation: str, summary: str) -> dict[str, Any]:
     return {
         "tags": ["faces"],
         "operationId": operation,
+        "security": [{"key": []}, {}],
         "summary": summary,
         "description": (
             "Answers the picture itself, or, where `Accept` prefers `application/json`, a JSON object with the "
@@ -119,6 +128,7 @@ def _detect() -> dict[str, Any]:
     return {
         "tags": ["faces"],
         "operationId": "detect",
+        "security": [{"key": []}, {}],
         "summary": "Find the faces of a picture, the largest first",
         "description": "A picture without a face is no error here: `faces` is empty.",
         "parameters": [_request_id_parameter()],
@@ -141,13 +151,14 @@ def _model() -> dict[str, Any]:
     return {
         "tags": ["service"],
         "operationId": "model",
+        "security": [{"key": []}, {}],
         "summary": "Which model is served, and the service's limits",
         "responses": {
             "200": {
                 "description": "the model",
                 "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ModelInfo"}}},
             },
-            **_problems((problems.NotReady,)),
+            **_problems((problems.Unauthenticated, problems.NotReady)),
         },
     }
 
@@ -206,18 +217,34 @@ def _with_image(kind: type[BaseModel], image: dict[str, Any]) -> dict[str, Any]:
     schema.pop("description", None)
     schema["properties"] = {"image": image, **schema.get("properties", {})}
     schema["required"] = ["image", *schema.get("required", [])]
+    if "passwords" in schema["properties"]:
+        schema["anyOf"] = [{"required": ["password"]}, {"required": ["passwords"]}]
     return schema
 
 
+_NUMBERS_TEXT = r"^\s*(\d{1,4}\s*(,\s*\d{1,4}\s*)*)?$"
+_BOX_TEXT = r"-?\d{1,6}(\.\d+)?(,-?\d{1,6}(\.\d+)?){3}"
+_AS_TEXT: dict[str, dict[str, str]] = {
+    "faces": {"pattern": _NUMBERS_TEXT, "example": "0,2"},
+    "exclude_faces": {"pattern": _NUMBERS_TEXT, "example": "1"},
+    "boxes": {"pattern": f"^({_BOX_TEXT}(;{_BOX_TEXT})*)?$", "example": "10,20,90,120;200,20,280,120"},
+    "exclude_boxes": {"pattern": f"^({_BOX_TEXT}(;{_BOX_TEXT})*)?$", "example": "10,20,90,120"},
+    "passwords": {"contentMediaType": "application/json", "format": "password"},
+}
+
+
 def _as_form(schema: dict[str, Any]) -> dict[str, Any]:
-    """A form's fields are text: the list of faces is written with commas."""
-    if "faces" in schema["properties"]:
-        schema["properties"]["faces"] = {
-            "type": "string",
-            "pattern": r"^\s*(\d+\s*(,\s*\d+\s*)*)?$",
-            "example": "0,2",
-            "description": EditOptions.model_fields["faces"].description,
-        }
+    """A form's fields are text: lists are written with commas and semicolons, mappings as JSON; nothing is null."""
+    properties = schema["properties"]
+    for name, text in _AS_TEXT.items():
+        if name in properties:
+            description = EditOptions.model_fields[name].description
+            properties[name] = {"type": "string", "description": description, **text}
+    for name, value in properties.items():
+        if "anyOf" in value:
+            kept = [kind for kind in value["anyOf"] if kind.get("type") != "null"]
+            rest = {key: item for key, item in value.items() if key not in ("anyOf", "default")}
+            properties[name] = {**kept[0], **rest}
     return schema
 
 
@@ -275,10 +302,37 @@ def _schemas() -> dict[str, Any]:
         },
         "ModelInfo": {
             "type": "object",
-            "required": ["digest", "version", "architecture", "bits", "crop_size", "images_seen", "realm", "limits"],
+            "required": [
+                "digest",
+                "version",
+                "model_version",
+                "source",
+                "since",
+                "follows",
+                "failure",
+                "architecture",
+                "bits",
+                "crop_size",
+                "images_seen",
+                "realm",
+                "limits",
+            ],
             "properties": {
                 "digest": _DIGEST,
                 "version": {"type": "string", "description": "version of Mien"},
+                "model_version": {"type": "string", "description": "number in the registry, or the folder's name"},
+                "source": {"type": "string", "description": "where the model came from"},
+                "since": {"type": "string", "format": "date-time", "description": "when it began to serve"},
+                "follows": {"type": "boolean", "description": "whether the service looks for another model"},
+                "failure": {
+                    "description": "why the model that was asked for last is not the one that serves, or null",
+                    "type": ["object", "null"],
+                    "properties": {
+                        "at": {"type": "string", "format": "date-time"},
+                        "source": {"type": "string"},
+                        "reason": {"type": "string"},
+                    },
+                },
                 "architecture": {"type": "string"},
                 "bits": {"type": "integer", "description": "length of a code"},
                 "crop_size": {"type": "integer"},

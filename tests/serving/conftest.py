@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import os
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LIMITS = {
     "MIEN_WORKERS": "2",
     "MIEN_QUEUE_SIZE": "2",
+    "MIEN_MODEL_POLL": "0.5",
     "MIEN_MAX_BODY_BYTES": str(4 * 1024 * 1024),
     "MIEN_MAX_FACES": "3",
     "MIEN_STALL_TIMEOUT": "3",
@@ -40,6 +41,12 @@ class Service:
     url: str
     home: Path
     log: Path
+    grpc_port: int
+
+    @property
+    def grpc(self) -> str:
+        """Where gRPC is served: ``host:port``."""
+        return f"127.0.0.1:{self.grpc_port}"
 
     def client(self, timeout: float = 60) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=timeout, trust_env=False)
@@ -52,9 +59,9 @@ class Service:
     def worker(self) -> int:
         """Process id of the one process that serves."""
         listed = subprocess.run(
-            ["ps", "-o", "pid=", "--ppid", str(self.process.pid)], capture_output=True, text=True, check=True
+            ["ps", "-o", "pid=,args=", "--ppid", str(self.process.pid)], capture_output=True, text=True, check=True
         )
-        return int(listed.stdout.split()[0])
+        return next(int(line.split()[0]) for line in listed.stdout.splitlines() if "service" in line)
 
     def printed(self) -> str:
         return self.log.read_text(errors="replace")
@@ -85,31 +92,33 @@ def _serve(model: Path, folder: Path, **environment: str) -> Iterator[Service]:
     home = folder / "home"
     (home / "tmp").mkdir(parents=True)
     log = folder / "log.txt"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bentoml", "serve", "serving.service:MienService", "--port", str(port), *OPTIONS],
-        cwd=ROOT,
-        # A pipe, as in a container: a test forbids the process to write to files.
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={
-            **os.environ,
-            **LIMITS,
-            "MIEN_MODEL": str(model),
-            "BENTOML_HOME": str(home / "bentoml"),
-            "HOME": str(home),
-            "TMPDIR": str(home / "tmp"),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-            "PYTHONDONTWRITEBYTECODE": "1",
-            **environment,
-        },
-    )
-    copier = threading.Thread(target=_copy, args=(process, log), daemon=True)
-    copier.start()
-    service = Service(process, f"http://127.0.0.1:{port}", home, log)
+    port, grpc_port = free_ports(2)
+    with open(log, "wb") as output:
+        process = subprocess.Popen(
+            # Its output goes through a pipe, as in a container: a test forbids the process to write to files.
+            ["bash", "-c", 'exec "$@" > >(exec cat) 2>&1', "serve"]
+            + [sys.executable, "-m", "bentoml", "serve", "serving.service:MienService", "--port", str(port), *OPTIONS],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_die_with_parent,
+            env={
+                **os.environ,
+                **LIMITS,
+                "MIEN_MODEL": str(model),
+                "MIEN_GRPC_PORT": str(grpc_port),
+                "BENTOML_HOME": str(home / "bentoml"),
+                "HOME": str(home),
+                "TMPDIR": str(home / "tmp"),
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": str(ROOT),
+                "PYTHONDONTWRITEBYTECODE": "1",
+                **environment,
+            },
+        )
+    service = Service(process, f"http://127.0.0.1:{port}", home, log, grpc_port)
     try:
         deadline = time.monotonic() + 150
         with service.client(timeout=5) as client:
@@ -126,19 +135,27 @@ def _serve(model: Path, folder: Path, **environment: str) -> Iterator[Service]:
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        copier.join(10)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)
 
 
-def _copy(process: subprocess.Popen[bytes], log: Path) -> None:
-    assert process.stdout is not None
-    with open(log, "wb", buffering=0) as output:
-        while chunk := process.stdout.read1():  # type: ignore[attr-defined]
-            output.write(chunk)
+def free_ports(count: int) -> list[int]:
+    """Ports nobody listens at right now, all different."""
+    with ExitStack() as probes:
+        sockets = [probes.enter_context(socket.socket()) for _ in range(count)]
+        for probe in sockets:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in sockets]
+
+
+def _die_with_parent() -> None:
+    """Linux: the kernel ends the process when pytest dies, even of SIGKILL (as tests/conftest.py has it)."""
+    PR_SET_PDEATHSIG = 1
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")

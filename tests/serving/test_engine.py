@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -188,20 +189,11 @@ def test_a_model_that_cannot_be_loaded_makes_the_process_unhealthy(tmp_path: Pat
     engine.close()
 
 
-def test_a_face_that_does_not_change_never_leaves_the_service(tmp_path: Path, astronaut: bytes) -> None:
-    """A reversible network without updates is the identity: the very model that must not be trusted."""
-    from mien import networks, store
-
-    architecture = networks.CouplingConfig(widths=(16, 24), condition=32)
-    folder = tmp_path / "identity"
-    network = networks.build(architecture, bits=16, size=128)
-    for name, parameter in network.named_parameters():
-        if ".head." in name:
-            parameter.data.zero_()
-    store.save(folder, network, store.ModelConfig(architecture=architecture), card="# Identity\n")
+def test_a_face_that_does_not_change_never_leaves_the_service(tiny_model: Path, astronaut: bytes) -> None:
     lines = Lines()
-    engine = loaded(folder, lines)
-    assert engine.status == "ready", lines.text
+    engine = loaded(tiny_model, lines)
+    assert engine.models.current is not None
+    engine.models.current = replace(engine.models.current, run=lambda crops, codes: crops)  # type: ignore[arg-type]
     answer = ask(engine, "POST", "/v1/anonymize", files={"image": astronaut}, data={"password": CANARY})
     assert answer.status_code == 500
     assert answer.headers["content-type"] == "application/problem+json"
@@ -222,16 +214,15 @@ def test_work_that_takes_too_long_is_answered_and_its_place_is_given_back(tiny_m
     assert answer.status_code == 503
     assert answer.json()["type"] == "urn:mien:problem:timeout"
     deadline = time.monotonic() + 20
-    while engine._admitted and time.monotonic() < deadline:
+    while (engine._running or engine._waiting) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert engine._admitted == engine._running == 0
+    assert engine._waiting == engine._running == 0
     engine.close()
 
 
 def test_work_of_a_caller_who_left_is_dropped_before_it_begins(tiny_model: Path) -> None:
-    engine = engine_for(tiny_model)
-    engine.status = "ready"
-    begun = []
+    engine = loaded(tiny_model)
+    begun: list[int] = []
 
     async def go() -> None:
         async def leaves() -> None:
@@ -247,14 +238,14 @@ def test_work_of_a_caller_who_left_is_dropped_before_it_begins(tiny_model: Path)
             ):
                 await engine.run(second, lambda: begun.append(2), leaves)
             await asyncio.sleep(0.05)
-            assert engine._admitted == 1
+            assert (engine._waiting, engine._running) == (0, 1)
             release.set()
             await busy
 
     asyncio.run(go())
     engine.close()
     assert begun == []
-    assert engine._admitted == engine._running == 0
+    assert engine._waiting == engine._running == 0
     text = engine.metrics.render().decode()
     assert 'mien_requests_total{operation="detect",outcome="caller-gone",transport="http"} 1.0' in text
 
