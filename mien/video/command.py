@@ -1,4 +1,4 @@
-"""What ``mien anonymize``, ``recover`` and ``detect`` do with clips, and ``mien live``. Imports nothing heavy at once."""
+"""What ``mien anonymize``, ``recover`` and ``detect`` do with clips, and ``mien live``. Heavy modules come late."""
 
 from __future__ import annotations
 
