@@ -14,15 +14,19 @@ const $ = (id) => document.getElementById(id);
 
 const state = {
   mode: "anonymize",
-  /** kind -> { blob, url, name, width, height } */
+  /** kind -> { blob, url, name, width, height, seen: whether this browser can show it } */
   pictures: new Map(),
   /** faces of the picture that was given: [{ box: [x0, y0, x1, y1], changed: boolean }] */
   faces: [],
+  /** which face the pointer or the keyboard is at in the list, or null */
+  pointed: null,
   left: null,
   right: null,
   zoom: -1,
   busy: null,
   limits: null,
+  /** API key, where the service asks for one */
+  key: "",
   /** Counts up with every picture that is chosen, so that an answer about an older one is dropped. */
   generation: 0,
 };
@@ -30,35 +34,49 @@ const state = {
 // -- talking to the service ---------------------------------------------------------------------------------------
 
 class Refused extends Error {
-  constructor(title, detail) {
+  constructor(title, detail, status = 0) {
     super(detail);
     this.title = title;
+    this.status = status;
   }
 }
+
+// Waiting longer than this is the visitor's decision. (A rate limit may ask for minutes.)
+const PATIENCE = 8;
 
 /** POST a form; answers the Response, or throws Refused with something a person can read. */
 async function post(path, form, signal, onWait) {
   for (let attempt = 1; ; attempt++) {
     let response;
     try {
-      response = await fetch(path, { method: "POST", body: form, signal, cache: "no-store" });
+      const headers = state.key ? { Authorization: `Bearer ${state.key}` } : {};
+      response = await fetch(path, { method: "POST", body: form, headers, signal, cache: "no-store" });
     } catch (error) {
       if (error.name === "AbortError") throw error;
       throw new Refused("The service cannot be reached", "Check the connection and try again.");
     }
     if (response.ok) return response;
     const wait = Number(response.headers.get("Retry-After"));
-    if ((response.status === 429 || response.status === 503) && wait && attempt < 4) {
+    const later = response.status === 429 || response.status === 503;
+    if (later && wait && wait <= PATIENCE && attempt < 4) {
       onWait?.();
       await pause(wait * 1000, signal);
       continue;
     }
     const problem = await response.json().catch(() => ({}));
+    if (response.status === 401) askForKey();
+    const detail = problem.detail ?? `The service answered with status ${response.status}.`;
     throw new Refused(
       problem.title ?? "That did not work",
-      problem.detail ?? `The service answered with status ${response.status}.`,
+      later && wait > PATIENCE ? `${detail} Try again in ${wait} seconds.` : detail,
+      response.status,
     );
   }
+}
+
+function askForKey() {
+  $("card-key").hidden = false;
+  $("key").focus();
 }
 
 function pause(milliseconds, signal) {
@@ -97,7 +115,7 @@ async function describeService() {
 async function keep(kind, blob, name) {
   forget(kind);
   const url = URL.createObjectURL(blob);
-  const picture = { blob, url, name, width: 0, height: 0 };
+  const picture = { blob, url, name, width: 0, height: 0, seen: false };
   state.pictures.set(kind, picture);
   const image = new Image();
   image.src = url;
@@ -105,6 +123,7 @@ async function keep(kind, blob, name) {
     await image.decode();
     picture.width = image.naturalWidth;
     picture.height = image.naturalHeight;
+    picture.seen = true;
   } catch {
     // The browser cannot show it; the service may still read it, or says why not.
   }
@@ -120,6 +139,7 @@ function forget(kind) {
 function forgetAll() {
   KINDS.forEach(forget);
   state.faces = [];
+  state.pointed = null;
   state.left = state.right = null;
   state.zoom = -1;
 }
@@ -140,37 +160,37 @@ async function choose(file) {
   const picture = await keep(given(), file, stem);
   if (generation !== state.generation) return;
   state.left = given();
-  if (!picture.width) {
-    forgetAll();
-    render();
-    return showAlert(new Refused("The picture cannot be shown", "Choose a JPEG, PNG or WebP file."));
-  }
-  $("file-fact").textContent = `${file.name} – ${picture.width} × ${picture.height}, ${size(file.size)}`;
-  $("password").disabled = false;
-  render();
+  describeFile(file.name, picture);
+  // A file that the browser cannot show (HEIF from a phone, or no picture at all): the service has the last word.
+  if (picture.width) render();
   await findFaces(generation);
 }
 
+function describeFile(name, picture) {
+  const pixels = picture.width ? `${picture.width} × ${picture.height}, ` : "";
+  $("file-fact").textContent = `${name} – ${pixels}${size(picture.blob.size)}`;
+}
+
 async function findFaces(generation) {
+  const picture = state.pictures.get(given());
   const form = new FormData();
-  form.append("image", state.pictures.get(given()).blob, "picture");
+  form.append("image", picture.blob, "picture");
   $("faces-fact").hidden = false;
   $("faces-fact").textContent = "Looking for faces…";
   try {
     const response = await post("v1/detect", form);
-    const { faces } = await response.json();
+    const found = await response.json();
     if (generation !== state.generation) return;
-    state.faces = faces.map((face) => ({ box: face.box, changed: true }));
-    if (!faces.length) {
-      // An anonymized picture carries where its faces are, so that it can be recovered even then.
-      $("faces-fact").hidden = state.mode === "recover";
-      $("faces-fact").textContent = "No face was found in this picture.";
-    } else {
-      describeChoice();
-    }
+    [picture.width, picture.height] = found.size;
+    state.faces = found.faces.map((face) => ({ box: face.box, changed: true }));
+    describeChoice();
   } catch (error) {
     if (generation !== state.generation) return;
     $("faces-fact").hidden = true;
+    if (!picture.width && error.status !== 401) {
+      forgetAll();
+      $("file").value = "";
+    }
     showAlert(error);
   }
   render();
@@ -180,14 +200,12 @@ function describeChoice() {
   const total = state.faces.length;
   const changed = state.faces.filter((face) => face.changed).length;
   const found = total === 1 ? "1 face found" : `${total} faces found`;
-  let what = "";
-  if (state.mode === "anonymize" && !state.pictures.has("anonymized")) {
-    if (total > 1) what = changed === total ? ". Press one in the picture to leave it as it is." : `, ${changed} will be changed.`;
-    else what = changed ? "." : ", and it will be left as it is.";
-  } else {
-    what = ".";
-  }
-  $("faces-fact").textContent = found + what;
+  // An anonymized picture carries where its faces are, so that it can be recovered even where none is found.
+  $("faces-fact").hidden = !total && state.mode === "recover";
+  if (!total) $("faces-fact").textContent = "No face was found in this picture.";
+  else if (state.mode === "recover" || changed === total) $("faces-fact").textContent = `${found}.`;
+  else if (!changed) $("faces-fact").textContent = `${found}, none will be changed.`;
+  else $("faces-fact").textContent = `${found}, ${changed} will be changed.`;
 }
 
 function size(bytes) {
@@ -225,6 +243,7 @@ async function edit(path, kind, source, password, button, message) {
     const many = faces === 1 ? "1 face" : `${faces} faces`;
     const done = { anonymized: "changed", recovered: "given back with this password", wrong: "changed by another password" };
     $("outcome").textContent = `${many} ${done[kind]} in ${seconds} s.`;
+    $("keep-hint").hidden = kind !== "anonymized";
     if (kind === "anonymized") {
       forget("recovered");
       forget("wrong");
@@ -308,8 +327,12 @@ function render() {
   $("password").disabled = !source;
   const someone = state.faces.some((face) => face.changed);
   $("anonymize").disabled = Boolean(state.busy) || !source || (state.faces.length > 0 && !someone);
+  $("anonymize").querySelector(".label").textContent = state.busy
+    ? $("anonymize").querySelector(".label").textContent
+    : state.pictures.has("anonymized") && anonymizing ? "Anonymize again" : "Anonymize";
   $("empty").hidden = Boolean(source);
   $("view").hidden = !source;
+  renderFaces(source);
   if (!source) return;
   renderChoices();
   renderCompare();
@@ -334,17 +357,14 @@ function offer(link, kind) {
 }
 
 function renderChoices() {
-  const kinds = KINDS.filter((kind) => state.pictures.has(kind));
-  const several = kinds.length > 1;
-  for (const side of ["left", "right"]) {
-    const options = kinds.map((kind) => new Option(NAMES[kind], kind, false, state[side] === kind));
-    $(side).replaceChildren(...options);
-    $(side).parentElement.hidden = !several;
-  }
+  const others = KINDS.filter((kind) => state.pictures.has(kind) && kind !== state.right);
+  $("left").replaceChildren(...others.map((kind) => new Option(NAMES[kind], kind, false, state.left === kind)));
   const zooms = [new Option("Whole picture", -1, false, state.zoom === -1)];
   state.faces.forEach((_, index) => zooms.push(new Option(`Face ${index + 1}`, index, false, state.zoom === index)));
   $("zoom").replaceChildren(...zooms);
-  $("choice-zoom").hidden = !several || !state.faces.length;
+  $("choice-left").hidden = !state.right || others.length < 2;
+  $("choice-zoom").hidden = !state.right || !state.faces.length;
+  $("toolbar").hidden = $("choice-left").hidden && $("choice-zoom").hidden;
 }
 
 /** The part of a picture that is looked at, in pixels: everything, or a square around a face. */
@@ -378,6 +398,7 @@ function renderCompare() {
   const part = region(left);
   $("compare").style.setProperty("--ratio", String(part.width / part.height));
   $("compare").classList.toggle("single", !right);
+  $("unseen").hidden = left.seen;
   show($("image-left"), left, part, NAMES[state.left]);
   $("tag-left").textContent = NAMES[state.left];
   if (right) {
@@ -390,6 +411,11 @@ function renderCompare() {
 }
 
 function show(image, picture, part, name) {
+  if (!picture.seen) {
+    image.removeAttribute("src");
+    image.alt = "";
+    return;
+  }
   if (image.src !== picture.url) image.src = picture.url;
   image.alt = `${name} picture`;
   place(image, picture, part);
@@ -404,33 +430,85 @@ function slide() {
   );
 }
 
-/** Faces as switches on the photo, before anything was changed. */
+const choosing = () => state.mode === "anonymize" && state.faces.length > 0;
+
+function toggle(face) {
+  face.changed = !face.changed;
+  describeChoice();
+  render();
+}
+
+/** One switch a face, with its likeness: the choice for keyboard, screen reader and small faces. */
+function renderFaces(source) {
+  $("faces").hidden = !source || !choosing();
+  if ($("faces").hidden) return $("face-list").replaceChildren();
+  const someone = state.faces.some((face) => face.changed);
+  $("toggle-all").hidden = state.faces.length < 2;
+  $("toggle-all").textContent = someone ? "Keep all" : "Change all";
+  const focused = document.activeElement?.closest?.("#face-list button")?.dataset.index;
+  const items = state.faces.map((face, index) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.dataset.index = index;
+    button.setAttribute("role", "switch");
+    button.setAttribute("aria-checked", String(face.changed));
+    button.setAttribute("aria-label", `Change face ${index + 1}`);
+    const thumb = document.createElement("span");
+    thumb.className = "thumb";
+    if (source.seen) {
+      const image = document.createElement("img");
+      image.src = source.url;
+      image.alt = "";
+      place(image, source, around(face.box, source, 1.5));
+      thumb.append(image);
+    }
+    const text = document.createElement("span");
+    text.className = "state";
+    text.textContent = face.changed ? "Change" : "Keep";
+    const number = document.createElement("span");
+    number.className = "number-of";
+    number.textContent = `${index + 1}`;
+    button.append(thumb, text, number);
+    button.addEventListener("click", () => toggle(face));
+    for (const [type, at] of [["pointerenter", index], ["pointerleave", null], ["focus", index], ["blur", null]]) {
+      button.addEventListener(type, () => point(at));
+    }
+    const item = document.createElement("li");
+    item.append(button);
+    return item;
+  });
+  $("face-list").replaceChildren(...items);
+  if (focused !== undefined) items[focused]?.firstChild.focus();
+}
+
+/** Shows in the picture which face of the list is meant. */
+function point(index) {
+  state.pointed = index;
+  [...$("boxes").children].forEach((box, at) => box.classList.toggle("pointed", at === index));
+}
+
+/** The same switches as frames around the faces of the photo, before anything was changed. */
 function renderBoxes() {
-  const choosing = state.mode === "anonymize" && !state.pictures.has("anonymized");
-  $("boxes").hidden = !choosing || !state.faces.length;
+  $("boxes").hidden = !choosing() || Boolean(state.right);
   if ($("boxes").hidden) return $("boxes").replaceChildren();
   const picture = state.pictures.get("original");
-  const focused = [...$("boxes").children].indexOf(document.activeElement);
   const buttons = state.faces.map((face, index) => {
     const [x0, y0, x1, y1] = face.box;
     const button = document.createElement("button");
     button.type = "button";
-    button.setAttribute("aria-pressed", String(face.changed));
-    button.setAttribute("aria-label", `Change face ${index + 1}`);
-    button.dataset.label = face.changed ? "Change" : "Keep";
+    button.tabIndex = -1;
+    button.classList.toggle("kept", !face.changed);
+    button.classList.toggle("pointed", state.pointed === index);
+    button.title = face.changed ? "Will be changed; press to keep it" : "Will be kept; press to change it";
+    button.dataset.label = face.changed ? `${index + 1}` : `${index + 1} kept`;
     button.style.left = `${(x0 / picture.width) * 100}%`;
     button.style.top = `${(y0 / picture.height) * 100}%`;
     button.style.width = `${((x1 - x0) / picture.width) * 100}%`;
     button.style.height = `${((y1 - y0) / picture.height) * 100}%`;
-    button.addEventListener("click", () => {
-      face.changed = !face.changed;
-      describeChoice();
-      render();
-    });
+    button.addEventListener("click", () => toggle(face));
     return button;
   });
   $("boxes").replaceChildren(...buttons);
-  buttons[focused]?.focus();
 }
 
 function renderTiles() {
@@ -454,7 +532,7 @@ function tile(kind) {
   const thumb = document.createElement("span");
   thumb.className = "thumb";
   const image = document.createElement("img");
-  image.src = picture.url;
+  if (picture.seen) image.src = picture.url;
   image.alt = "";
   const face = state.faces[Math.max(0, state.zoom)];
   const whole = { box: [0, 0, picture.width, picture.height] };
@@ -569,17 +647,32 @@ for (const button of document.querySelectorAll("[data-peek]")) {
     const visible = input.type === "text";
     input.type = visible ? "password" : "text";
     button.textContent = visible ? "Show" : "Hide";
-    button.setAttribute("aria-pressed", String(!visible));
+    button.setAttribute("aria-label", `${visible ? "Show" : "Hide"} the ${button.dataset.what}`);
   });
 }
 
 $("split").addEventListener("input", slide);
-for (const side of ["left", "right"]) {
-  $(side).addEventListener("change", () => {
-    state[side] = $(side).value;
-    render();
-  });
-}
+$("left").addEventListener("change", () => {
+  state.left = $("left").value;
+  render();
+});
+$("toggle-all").addEventListener("click", () => {
+  const changed = !state.faces.some((face) => face.changed);
+  for (const face of state.faces) face.changed = changed;
+  describeChoice();
+  render();
+});
+$("form-key").addEventListener("submit", (event) => {
+  event.preventDefault();
+  state.key = $("key").value.trim();
+  if (!state.key) return $("key").focus();
+  clearAlert();
+  $("key").value = "";
+  $("card-key").hidden = true;
+  // What was refused for want of the key: the search for faces always comes first.
+  const source = state.pictures.get(given());
+  if (source && !state.faces.length) findFaces(state.generation);
+});
 $("zoom").addEventListener("change", () => {
   state.zoom = Number($("zoom").value);
   render();
