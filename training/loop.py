@@ -31,7 +31,16 @@ from training.draws import Draws
 from training.export import export, git_commit
 from training.samples import chain, from_uint8, grid
 from training.step import Trainer, draw_codes
-from training.tracking import JsonLines, MLflow, Tolerant, Tracker, beginning, new_key
+from training.tracking import (
+    FINISH_PATIENCE,
+    STOP_PATIENCE,
+    JsonLines,
+    MLflow,
+    Tolerant,
+    Tracker,
+    beginning,
+    new_key,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +181,7 @@ def _train(
     if nimg < config.total_images:
         logger.info("stopped at %d images, saved; the same command goes on", nimg)
         for tracker in trackers:
-            tracker.close()
+            tracker.close(STOP_PATIENCE)
         return Outcome(False, nimg, None)
     figures, _ = validation.look(trainer.ema.network)
     model = Path(config.export) if config.export else folder / "model"
@@ -183,7 +192,7 @@ def _train(
             shutil.copytree(model, folder / "model", dirs_exist_ok=True)
         for tracker in trackers:
             tracker.finish(folder / "model")
-            tracker.close()
+            tracker.close(FINISH_PATIENCE)
 
     world.on_first(hand_over)
     return Outcome(True, nimg, model)

@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 EXPERIMENT = "mien"
 ALIAS = "candidate"
 MODEL_FOLDER = "model"  # of a run's artifacts: README.md, config.json, model.safetensors; a version's source
+# Seconds that a run which ends waits for what is not delivered yet: little where somebody waits for it to go.
+STOP_PATIENCE, FINISH_PATIENCE = 5.0, 60.0
 _KEY_TAG = "mien.run"  # finds the MLflow run of a run of ours, also where the answer to its creation was lost
 
 # A server that does not answer is given up after seconds, not after MLflow's own 7 tries of 120 s: the journal waits.
@@ -51,7 +53,7 @@ class Tracker(Protocol):
     def figures(self, nimg: int, values: dict[str, float]) -> None: ...
     def picture(self, nimg: int, path: Path) -> None: ...
     def finish(self, model: Path) -> None: ...
-    def close(self) -> None: ...
+    def close(self, patience: float) -> None: ...
 
 
 class JsonLines:
@@ -71,8 +73,8 @@ class JsonLines:
     def finish(self, model: Path) -> None:
         del model
 
-    def close(self) -> None:
-        pass
+    def close(self, patience: float) -> None:
+        del patience
 
 
 class MLflow:
@@ -111,7 +113,7 @@ class MLflow:
         self._append({"kind": "model", "path": str(model.relative_to(self._folder)), "alias": ALIAS})
         self._append({"kind": "finish"})
 
-    def close(self, patience: float = 30.0) -> None:
+    def close(self, patience: float) -> None:
         """Wait so many seconds at most until everything is delivered, and stop; what is left stays in the journal."""
         self._delivery.stop(patience)
         if not self._journal.delivered():
@@ -299,8 +301,8 @@ class Tolerant:
     def finish(self, model: Path) -> None:
         self._try("finish", model)
 
-    def close(self) -> None:
-        self._try("close")
+    def close(self, patience: float) -> None:
+        self._try("close", patience)
 
     def _try(self, method: str, *arguments: Any) -> None:
         try:
