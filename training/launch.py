@@ -15,13 +15,20 @@ workers failed with 1-127 only                                 1 (permanent: con
 
 A worker killed by the kernel takes its peers down with ordinary errors, so one such code among several decides. How
 often a job is retried is bounded by its ``backoffLimit``.
+
+``MIEN_METRICS_PORT`` serves the run's last figures to Prometheus there (:mod:`training.exporter`), read from the log in
+the folder of runs ``MIEN_RUNS`` (default ``runs``).
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from training import exporter
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    if port := os.environ.get("MIEN_METRICS_PORT"):
+        try:
+            exporter.serve(int(port), Path(os.environ.get("MIEN_RUNS", "runs")))
+        except (OSError, ValueError) as error:  # a run is worth more than its metrics
+            logger.warning("no metrics on port %s: %s", port, error)
     try:
         run.main(list(sys.argv[1:] if arguments is None else arguments))
     except SignalException as stopped:
