@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import queue
 import threading
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
@@ -21,8 +22,6 @@ from mien.pictures import MEDIA_TYPES, FaceGeometry, Format, Geometry
 
 try:
     import grpc
-    from google.protobuf.message import DecodeError
-    from google.rpc import error_details_pb2, status_pb2
 
     from mien.v1 import face_identity_pb2 as pb
     from mien.v1 import face_identity_pb2_grpc
@@ -191,19 +190,10 @@ def _failed(error: Any, url: str) -> Failed:
 
 
 def _details(trailers: Iterable[tuple[str, Any]]) -> tuple[str, float | None]:
-    """Reason (as HTTP's slugs) and seconds to wait, from the ``google.rpc.Status`` in a call's trailers."""
-    slug, after = "", None
-    for key, value in trailers:
-        if key != "grpc-status-details-bin":
-            continue
-        with contextlib.suppress(DecodeError):
-            for detail in status_pb2.Status.FromString(value).details:
-                if detail.type_url.endswith("/google.rpc.ErrorInfo"):
-                    slug = error_details_pb2.ErrorInfo.FromString(detail.value).reason.lower().replace("_", "-")
-                elif detail.type_url.endswith("/google.rpc.RetryInfo"):
-                    delay = error_details_pb2.RetryInfo.FromString(detail.value).retry_delay
-                    after = delay.seconds + delay.nanos / 1e9
-    return slug, after
+    """The problem's slug and the seconds to wait, from a call's trailing metadata; see face_identity.proto."""
+    named = dict(trailers)
+    wait = str(named.get("retry-after", ""))
+    return str(named.get("mien-problem", "")), float(wait) if wait.isascii() and wait.isdigit() else None
 
 
 # -- transports -------------------------------------------------------------------------------------------------------
@@ -239,7 +229,9 @@ class RPC:
 
     def stream(self, frames: Iterator[Frame], edit: Edit, fail_without_face: bool, timeout: float) -> Iterator[Frame]:
         """TransformStream; ``timeout`` seconds may pass between two answers while frames are under way."""
-        sending = _Sending(frames, edit, fail_without_face)
+        if (first := next(frames, None)) is None:
+            return
+        sending = _Sending(first, frames, edit, fail_without_face)
         call = self._stub.TransformStream(sending, metadata=self._metadata)
         answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
@@ -296,14 +288,13 @@ def _next_answer(answers: queue.SimpleQueue[Any], sending: _Sending, timeout: fl
 class _Sending(Iterator[Any]):
     """The requests of a stream, taken by grpcio's thread; remembers what it sent and what the frames raised."""
 
-    def __init__(self, frames: Iterator[Frame], edit: Edit, fail_without_face: bool) -> None:
-        self._frames = frames
-        self._edit = edit
-        self._fail_without_face = fail_without_face
-        self._first: Frame | None = None
-        self._raw = False
+    def __init__(self, first: Frame, frames: Iterator[Frame], edit: Edit, fail_without_face: bool) -> None:
+        self._frames = itertools.chain([first], frames)
+        # Whether pixels or files are sent, and so wanted back.
+        self._raw = not isinstance(first.picture, bytes)
+        self._options: Any = _stream_options(edit, fail_without_face, raw=self._raw)
         self._stopped = False
-        self.sent = -1  # the options come first
+        self.sent = 0
         self.answered = 0
         self.done = False
         self.error: BaseException | None = None
@@ -314,15 +305,11 @@ class _Sending(Iterator[Any]):
     def __next__(self) -> Any:
         if self._stopped or self.done:
             raise StopIteration
+        if (options := self._options) is not None:
+            self._options = None
+            return options
         try:
-            if self.sent < 0:
-                # Whether pixels or files are sent, and so wanted back, is known from the first frame.
-                self._first = next(self._frames)
-                self._raw = not isinstance(self._first.picture, bytes)
-                message = _stream_options(self._edit, self._fail_without_face, raw=self._raw)
-            else:
-                frame, self._first = (self._first, None) if self._first is not None else (next(self._frames), None)
-                message = _frame_message(self.sent, frame, raw=self._raw)
+            message = _frame_message(self.sent, next(self._frames), raw=self._raw)
         except StopIteration:
             self.done = True
             raise
