@@ -10,7 +10,7 @@ UV := $(shell command -v uv 2>/dev/null || echo .cache/uv/bin/uv)
 export BENTOML_DO_NOT_TRACK := true
 export MIEN_SHARED ?= ../shared
 
-.PHONY: help env demo demo-stop test lint format model shards lock clean
+.PHONY: help env demo demo-stop test lint format model shards proto bench soak train-local e2e image-serve image-train lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -54,6 +54,27 @@ shards: env ## crops and shards in shards/ from the pictures in MIEN_SHARED; nob
 CONFIG ?= training/configs/mien-cpu.yaml
 model: shards ## shards -> training (goes on where it stopped) -> models/; CONFIG=... chooses the run
 	$(BIN)/python -m training --config $(CONFIG) export=models/mien-128
+
+proto: env ## the gRPC messages and stubs in mien/v1 from serving/proto
+	$(BIN)/python -m grpc_tools.protoc -I serving/proto --python_out=. --pyi_out=. --grpc_python_out=. mien/v1/face_identity.proto
+
+bench: env ## the benchmarks, as ratios measured in one run; writes bench/*.json
+	for name in serving ingest streaming video; do test ! -e bench/$$name.py || $(BIN)/python -m bench.$$name; done
+
+soak: env ## the acceptance runs of minutes that `make test` skips
+	MIEN_SOAK=1 $(BIN)/python -m pytest -m soak --timeout 3600
+
+train-local: env ## the whole chain, small: S3 server, MLflow server, ingest, training in 2 processes, evaluate, promote
+	$(BIN)/python -m training.local
+
+e2e: env ## the chart and the jobs against the cluster of the current kubeconfig
+	$(BIN)/python -m tests.e2e
+
+image-serve: ## container image of the service
+	serving/build.sh
+
+image-train: ## container image of training and the services
+	training/build.sh
 
 lock: env ## pin every package again (after a change of pyproject.toml)
 	$(UV) pip compile --quiet --universal --all-extras --python-version 3.11 --generate-hashes \

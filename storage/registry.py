@@ -33,6 +33,7 @@ _URI: Final = re.compile(r"models:/+(?P<name>[^/@]+)(?:/(?P<version>[0-9]+)|@(?P
 # A registry that does not answer must not hold a poll or a start for minutes (MLflow's own: 7 tries of 120 s).
 _MLFLOW: Final = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT": "120",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",

@@ -1,1 +1,1 @@
-"""Messages and stubs of the gRPC API ``mien.v1``, generated from ``serving/proto`` by ``make proto``; the grpc extra."""
+"""Messages and stubs of the gRPC API ``mien.v1``, generated from ``serving/proto`` by ``make proto`` (grpc extra)."""

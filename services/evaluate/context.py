@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from mien.detection import MTCNNDetector
 from services.evaluate import distances
@@ -21,20 +22,20 @@ class Sizes:
 
     lossy: int = 120  # recovery through JPEG and resizing
     gallery: int = 1000  # people in the gallery of re-identification
-    pairs: int = 600  # standard LFW pairs
+    pairs: int = 400  # standard LFW pairs
     detector: int = 240
     reference: int = 600  # real faces for Frechet distances
     diversity: int = 16
     passwords: int = 32
     bits: int = 12  # faces whose every bit is flipped
     photos: int = 24  # whole pictures
-    sweep_faces: int = 6
+    sweep_faces: int = 5
     sweep_codes: int = 2048  # 65536 is all of them
     candidates_faces: int = 24
     candidates_codes: int = 32
     climbs: int = 8
     attack_train: int = 1200  # faces attackers learn from
-    attack_images: int = 4000  # images they see
+    attack_images: int = 1600  # images they see
     attack_test: int = 200
     baseline_faces: int = 120
     ablation_faces: int = 120
@@ -68,6 +69,7 @@ class Context:
     ablations: Path | None = None
     model_path: str = ""
     model: object | None = None
+    memo: dict[str, Any] = field(default_factory=dict)  # what several parts need and one makes
 
     @cached_property
     def distances(self) -> dict[str, Distance]:

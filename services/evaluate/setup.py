@@ -59,7 +59,7 @@ def prepare(request: Request, console: Console) -> Ready:
     if request.sweep_codes is not None:
         sizes = replace(sizes, sweep_codes=request.sweep_codes)
     sample = faces.draw(everyone, limit, request.seed)
-    weights = request.weights or _default("../shared/weights")
+    weights = request.weights or default("../shared/weights")
     found, missing = judges.load(request.judges, weights)
     for name, why in missing.items():
         console.print(f"without {name}: {why}", style="yellow", markup=False, highlight=False)
@@ -84,10 +84,10 @@ def prepare(request: Request, console: Console) -> Ready:
         fpr=1e-3 if len(sample.faces) > 150 else 5e-2,
         sizes=sizes,
         weights=weights,
-        pairs=request.pairs or _default("../shared/data/lfw-pairs-folds1-5.txt"),
-        photos=request.photos or _default("../shared/data/lfw-folds1-5.tar"),
+        pairs=request.pairs or default("../shared/data/lfw-pairs-folds1-5.txt"),
+        photos=request.photos or default("../shared/data/lfw-folds1-5.tar"),
         everyone=everyone,
-        train_data=request.train_data or (str(p) if (p := _default("shards/faces")) else None),
+        train_data=request.train_data or (str(p) if (p := default("shards/faces")) else None),
         baselines=request.baselines or Path("runs/baselines"),
         ablations=request.ablations or Path("runs/ablations"),
         model_path=request.model,
@@ -116,5 +116,6 @@ def prepare(request: Request, console: Console) -> Ready:
     return Ready(context, mark, meta)
 
 
-def _default(path: str) -> Path | None:
+def default(path: str) -> Path | None:
+    """The path, where something is there."""
     return Path(path) if Path(path).exists() else None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import io
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,9 +17,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
+import structlog
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,6 +35,7 @@ LIMITS = {
     "MIEN_STALL_TIMEOUT": "3",
     "MIEN_CPU_THREADS": "1",
 }
+COMMAND = [sys.executable, "-m", "bentoml", "serve", "serving.service:MienService"]
 OPTIONS = ["--host", "127.0.0.1", "--working-dir", str(ROOT)]
 
 
@@ -69,21 +75,7 @@ class Service:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A reversible network with random weights: it changes faces visibly and gives them back exactly."""
-    import torch
-
-    from mien import networks, store
-
-    torch.manual_seed(7)
-    architecture = networks.CouplingConfig(widths=(16, 24), condition=32)
-    network = networks.build(architecture, bits=16, size=128)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if name.endswith(".head.weight"):
-                parameter.normal_(0, 0.02)
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    store.save(folder, network, store.ModelConfig(architecture=architecture), card="# A model for tests\n")
-    return folder
+    return make_model(tmp_path_factory.mktemp("model") / "tiny", 7)
 
 
 @contextmanager
@@ -96,8 +88,7 @@ def _serve(model: Path, folder: Path, **environment: str) -> Iterator[Service]:
     with open(log, "wb") as output:
         process = subprocess.Popen(
             # Its output goes through a pipe, as in a container: a test forbids the process to write to files.
-            ["bash", "-c", 'exec "$@" > >(exec cat) 2>&1', "serve"]
-            + [sys.executable, "-m", "bentoml", "serve", "serving.service:MienService", "--port", str(port), *OPTIONS],
+            ["bash", "-c", 'exec "$@" > >(exec cat) 2>&1', "serve", *COMMAND, "--port", str(port), *OPTIONS],
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -196,3 +187,118 @@ def encoded(pixels: object, form: str = "PNG", **options: object) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, form, **options)  # type: ignore[arg-type]
     return buffer.getvalue()
+
+
+# -- an engine in the test's own process ----------------------------------------------------------------------------
+
+
+class Lines:
+    """Collects what is logged."""
+
+    def __init__(self) -> None:
+        self.text: list[str] = []
+        self.logger = structlog.wrap_logger(
+            self,
+            processors=[structlog.processors.add_log_level, structlog.processors.JSONRenderer()],
+            wrapper_class=structlog.make_filtering_bound_logger("info"),
+        )
+
+    def msg(self, message: str) -> None:
+        self.text.append(message)
+
+    info = error = warning = msg
+
+    def all(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.text]
+
+    def of(self, event: str) -> list[dict[str, Any]]:
+        return [line for line in self.all() if line["event"] == event]
+
+
+@dataclass
+class Running:
+    """An engine behind its real HTTP application, without a server."""
+
+    engine: Any
+    lines: Lines
+
+    def ask(self, method: str, path: str, **options: Any) -> httpx.Response:
+        from serving import app
+
+        async def send() -> httpx.Response:
+            transport = httpx.ASGITransport(app.build(self.engine), raise_app_exceptions=True)
+            async with httpx.AsyncClient(transport=transport, base_url="http://mien", timeout=60) as client:
+                return await client.request(method, path, **options)
+
+        return asyncio.run(send())
+
+    def metrics(self) -> str:
+        return str(self.engine.metrics.render().decode())
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def run_engine() -> Iterator[Callable[..., Running]]:
+    """Starts engines that are closed at the end: ``run_engine(model, workers=1)``; waits until one knows its model."""
+    from serving.engine import Engine
+    from serving.metrics import Metrics
+    from serving.settings import Settings
+
+    started: list[Any] = []
+
+    def start(model: object, *, wait: bool = True, **settings: Any) -> Running:
+        lines = Lines()
+        usual = {"workers": 1, "cpu_threads": 1, "model_poll": 0}
+        engine = Engine(Settings(model=model, **{**usual, **settings}), Metrics(), lines.logger)
+        started.append(engine)
+        engine.start()
+        if wait:
+            wait_for(lambda: engine.status != "loading", 120)
+        return Running(engine, lines)
+
+    yield start
+    for engine in started:
+        engine.close()
+
+
+def make_model(folder: Path, seed: int) -> Path:
+    """A reversible network with random weights: it changes faces visibly and gives them back exactly."""
+    import torch
+
+    from mien import networks, store
+
+    torch.manual_seed(seed)
+    architecture = networks.CouplingConfig(widths=(16, 24), condition=32)
+    network = networks.build(architecture, bits=16, size=128)
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.endswith(".head.weight"):
+                parameter.normal_(0, 0.02)
+    store.save(folder, network, store.ModelConfig(architecture=architecture), card="# A model for tests\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another one than ``tiny_model``."""
+    return make_model(tmp_path_factory.mktemp("model") / "other", 8)
+
+
+@pytest.fixture(scope="session")
+def exchange() -> Callable[[Path, Path], None]:
+    """Puts one model folder in the place of another as a deployment would: config last."""
+
+    def put(new: Path, place: Path) -> None:
+        place.mkdir(exist_ok=True)
+        for name in ("README.md", "model.safetensors", "config.json"):
+            scratch = place / f".{name}"
+            shutil.copyfile(new / name, scratch)
+            scratch.replace(place / name)
+
+    return put

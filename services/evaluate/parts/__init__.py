@@ -17,6 +17,21 @@ _PARTS: Final = {
     "verification": "verification:run",
     "recovery": "recovery:run",
     "detection": "detection:run",
+    "lfw-pairs": "pairs:run",
+    "realism": "realism:run",
+    "diversity": "diversity:run",
+    "background": "background:run",
+    "runtime": "runtime:run",
+    "baselines": "baselines:run",
+    "ablations": "ablations:run",
+    "attack-denial": "attacks:denial",
+    "attack-candidates": "attacks:candidates",
+    "attack-known-plaintext": "attacks:known_plaintext",
+    "attack-hill-climbing": "attacks:climb",
+    "attack-inverter": "attacks:inverter",
+    "attack-code-predictor": "attacks:code_predictor",
+    "attack-recovery-classifier": "attacks:recovery_classifier",
+    "attack-sweep": "attacks:sweep",
 }
 
 NAMES: Final = tuple(_PARTS)
