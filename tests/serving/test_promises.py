@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,10 +19,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import numpy as np
 import pytest
 from PIL import Image
+
+from mien.v1 import face_identity_pb2 as pb
+from mien.v1.face_identity_pb2_grpc import FaceIdentityStub
 
 CANARY = "c4nary-Xq7-geheim"
 TYPE = b"Content-Type: multipart/form-data; boundary=b\r\n"
@@ -31,8 +36,9 @@ def post(client: httpx.Client, path: str, image: bytes, **fields: str) -> httpx.
     return client.post(path, files={"image": ("x", image)}, data=fields)
 
 
-def traffic(client: httpx.Client, astronaut: bytes, large: bytes) -> list[httpx.Response]:
-    """Good and bad requests of every kind, all with the canary for a password."""
+def traffic(service: Any, client: httpx.Client, astronaut: bytes, large: bytes) -> list[httpx.Response]:
+    """Good and bad requests of every kind and over both doors, all with the canary for a password."""
+    over_grpc(service.grpc, astronaut, large)
     encoded = base64.b64encode(astronaut).decode()
     wrong_type = {"Content-Type": "application/x-www-form-urlencoded"}
     safe = post(client, "/v1/anonymize", astronaut, password=CANARY)
@@ -50,6 +56,32 @@ def traffic(client: httpx.Client, astronaut: bytes, large: bytes) -> list[httpx.
         client.post("/v1/anonymize", content=f"password={CANARY}", headers=wrong_type),
         client.get("/nowhere", params={"password": CANARY}),
     ]
+
+
+def over_grpc(address: str, astronaut: bytes, large: bytes) -> None:
+    """The same over gRPC: pictures that are, and are not; a stream of two frames."""
+    edit = pb.EditOptions(password=CANARY)
+    with grpc.insecure_channel(address, [("grpc.max_receive_message_length", -1)]) as channel:
+        stub = FaceIdentityStub(channel)
+        safe = stub.Anonymize(pb.EditRequest(image=astronaut, options=edit), timeout=60)
+        for call in (
+            lambda: stub.Recover(pb.EditRequest(image=safe.image, options=edit), timeout=60),
+            lambda: stub.Anonymize(pb.EditRequest(image=large, options=edit), timeout=60),
+            lambda: stub.Detect(pb.DetectRequest(image=astronaut), timeout=60),
+        ):
+            assert CANARY.encode() not in call().SerializeToString()
+        for image, options in (
+            (b"not a picture", edit),
+            (astronaut, pb.EditOptions(password=CANARY * 100)),
+            (astronaut, pb.EditOptions(password=CANARY, quality=1000)),
+        ):
+            with pytest.raises(grpc.RpcError) as caught:
+                stub.Anonymize(pb.EditRequest(image=image, options=options), timeout=60)
+            assert CANARY not in str(caught.value)
+        frames = [pb.TransformStreamRequest(frame=pb.Frame(id=n, encoded=astronaut)) for n in range(2)]
+        first = pb.StreamOptions(operation=pb.OPERATION_ANONYMIZE, edit=edit)
+        answers = stub.TransformStream(iter([pb.TransformStreamRequest(options=first), *frames]), timeout=60)
+        assert [answer.id for answer in answers] == [0, 1]
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +102,7 @@ def large(encode: Callable[..., bytes]) -> bytes:
 def test_the_password_is_in_no_log_metric_or_error(
     service: Any, client: httpx.Client, astronaut: bytes, large: bytes
 ) -> None:
-    responses = traffic(client, astronaut, large)
+    responses = traffic(service, client, astronaut, large)
     assert responses[0].status_code == 200
     for response in responses:
         assert CANARY.encode() not in response.content
@@ -119,11 +151,33 @@ def test_requests_succeed_where_not_one_byte_may_be_written_to_a_file_and_leave_
     soft, hard = resource.prlimit(service.worker, resource.RLIMIT_FSIZE)
     resource.prlimit(service.worker, resource.RLIMIT_FSIZE, (0, hard))
     try:
-        responses = traffic(client, astronaut, large)
+        responses = traffic(service, client, astronaut, large)
     finally:
         resource.prlimit(service.worker, resource.RLIMIT_FSIZE, (soft, hard))
     assert [response.status_code for response in responses[:4]] == [200] * 4
     assert snapshot(service.home) == before
+
+
+@contextmanager
+def opened_for_writing(pid: int, trace: Path) -> Iterator[list[str]]:
+    """Collects, until the block ends, the system calls of a process that open or make a file to write to."""
+    calls = "trace=open,openat,openat2,creat,memfd_create,mkdir,mkdirat,rename,renameat,renameat2,link,linkat"
+    tracer = subprocess.Popen(
+        ["strace", "-f", "-qq", "-e", calls, "-o", str(trace), "-p", str(pid)], stderr=subprocess.PIPE
+    )
+    found: list[str] = []
+    try:
+        time.sleep(1.5)
+        if tracer.poll() is not None:
+            pytest.skip(f"strace may not attach here: {tracer.stderr.read().decode()[:120]!r}")  # type: ignore[union-attr]
+        yield found
+    finally:
+        tracer.terminate()
+        tracer.wait(20)
+    for line in trace.read_text(errors="replace").splitlines():
+        opens = re.search(r"O_WRONLY|O_RDWR|O_CREAT|O_TMPFILE|creat\(|memfd|mkdir|rename|link", line)
+        if opens and "/dev/" not in line and "ENOENT" not in line:
+            found.append(line)
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
@@ -131,23 +185,24 @@ def test_no_system_call_opens_a_file_for_writing_during_requests(
     service: Any, client: httpx.Client, astronaut: bytes, large: bytes, tmp_path: Path
 ) -> None:
     post(client, "/v1/anonymize", astronaut, password="warm")
-    trace = tmp_path / "trace"
-    calls = "trace=open,openat,openat2,creat,memfd_create,mkdir,mkdirat,rename,renameat,renameat2,link,linkat"
-    tracer = subprocess.Popen(
-        ["strace", "-f", "-qq", "-e", calls, "-o", str(trace), "-p", str(service.worker)], stderr=subprocess.PIPE
-    )
-    try:
-        time.sleep(1.5)
-        if tracer.poll() is not None:
-            pytest.skip(f"strace may not attach here: {tracer.stderr.read().decode()[:120]!r}")  # type: ignore[union-attr]
-        responses = traffic(client, astronaut, large)
-    finally:
-        tracer.terminate()
-        tracer.wait(20)
+    with opened_for_writing(service.worker, tmp_path / "trace") as found:
+        responses = traffic(service, client, astronaut, large)
     assert responses[2].status_code == 200, responses[2].text
-    for line in trace.read_text(errors="replace").splitlines():
-        opens_for_writing = re.search(r"O_WRONLY|O_RDWR|O_CREAT|O_TMPFILE|creat\(|memfd|mkdir|rename|link", line)
-        assert not opens_for_writing or "/dev/" in line or "ENOENT" in line, line
+    assert found == []
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+def test_the_tracer_sees_a_file_that_is_opened_for_writing(tmp_path: Path) -> None:
+    """Else the test above could not fail."""
+    writer = "import sys, tempfile, time\nsys.stdin.read(1)\ntempfile.TemporaryFile(dir=sys.argv[1]).write(b'x')"
+    process = subprocess.Popen([sys.executable, "-c", writer, str(tmp_path)], stdin=subprocess.PIPE)
+    try:
+        with opened_for_writing(process.pid, tmp_path / "trace") as found:
+            process.communicate(b"x", timeout=20)
+    finally:
+        process.kill()
+        process.wait(20)
+    assert any(str(tmp_path) in line for line in found)
 
 
 def test_core_dumps_are_off(service: Any) -> None:
@@ -163,7 +218,7 @@ def test_core_dumps_are_off(service: Any) -> None:
 
 @contextmanager
 def stalled_uploads(port: int, count: int) -> Iterator[None]:
-    """Connections that hold a place each: their bodies never end."""
+    """Connections whose bodies never end."""
     connections = []
     try:
         for _ in range(count):
@@ -180,20 +235,50 @@ def stalled_uploads(port: int, count: int) -> Iterator[None]:
 
 
 def test_a_full_service_refuses_at_once_and_recovers(service: Any, client: httpx.Client, astronaut: bytes) -> None:
-    with stalled_uploads(service.port, 4):
-        began = time.monotonic()
-        refused = post(client, "/v1/anonymize", astronaut, password="p")
-        assert refused.status_code == 429
-        assert refused.json()["type"] == "urn:mien:problem:overloaded"
-        assert int(refused.headers["retry-after"]) >= 1
-        assert time.monotonic() - began < 2
-        assert client.get("/readyz").status_code == 200
-        assert "mien_queue_depth 4.0" in client.get("/metrics").text
-    time.sleep(0.5)
+    """Two workers and two places in the queue, and twelve callers."""
+    answers: list[httpx.Response] = []
+    took: list[float] = []
+    barrier = threading.Barrier(12)
+
+    def call() -> None:
+        with service.client() as own:
+            barrier.wait(20)
+            began = time.monotonic()
+            answer = post(own, "/v1/anonymize", astronaut, password="p")
+            if answer.status_code == 429:
+                took.append(time.monotonic() - began)
+            answers.append(answer)
+
+    threads = [threading.Thread(target=call) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert len(answers) == 12
+    assert {answer.status_code for answer in answers} == {200, 429}
+    assert 12 - len(refused) >= 4
+    for answer in refused:
+        assert answer.json()["type"] == "urn:mien:problem:overloaded"
+        assert int(answer.headers["retry-after"]) >= 1
+    assert max(took) < 2
+    assert client.get("/readyz").status_code == 200
     assert post(client, "/v1/anonymize", astronaut, password="p").status_code == 200
     metrics = client.get("/metrics").text
     assert "mien_queue_depth 0.0" in metrics
     assert "mien_inflight_requests 0.0" in metrics
+
+
+def test_uploads_that_stand_still_hold_no_worker(service: Any, client: httpx.Client, astronaut: bytes) -> None:
+    with stalled_uploads(service.port, 20):
+        assert "mien_uploads 20.0" in client.get("/metrics").text
+        assert post(client, "/v1/anonymize", astronaut, password="p").status_code == 200
+        time.sleep(3)
+        # MIEN_STALL_TIMEOUT of the tests' service is 3 s.
+        deadline = time.monotonic() + 10
+        while "mien_uploads 0.0" not in client.get("/metrics").text:
+            assert time.monotonic() < deadline, "a stalled upload keeps its place"
+            time.sleep(0.2)
 
 
 def test_many_callers_at_once_get_what_each_gets_alone(service: Any, client: httpx.Client, astronaut: bytes) -> None:

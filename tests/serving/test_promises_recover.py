@@ -1,0 +1,177 @@
+"""Promise 4: who recovers with a wrong password cannot tell, from outside, that it was wrong.
+
+Right and wrong requests alternate in a random order, so that whatever else the machine does meets both alike.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from mien.v1 import face_identity_pb2 as pb
+from mien.v1.face_identity_pb2_grpc import FaceIdentityStub
+
+stats = pytest.importorskip("scipy.stats")
+
+RIGHT = "correct horse"
+# What a test of no difference may say by chance: once in a thousand runs.
+CHANCE = 1e-3
+#: Of an answer, what differs between two requests that are the same.
+OWN = {"x-request-id", "date", "content-length"}
+
+
+@dataclass
+class Seen:
+    """What an observer has of the answers to one kind of password."""
+
+    seconds: list[float] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    shown: set[tuple[Any, ...]] = field(default_factory=set)
+
+
+def alternate(ask: Callable[[str], tuple[bytes, tuple[Any, ...]]], count: int) -> tuple[Seen, Seen]:
+    """``count`` requests with the right password and as many with wrong ones, each wrong one another."""
+    draw = random.Random(5)
+    order = [True, False] * count
+    draw.shuffle(order)
+    right, wrong = Seen(), Seen()
+    for _ in range(5):
+        ask("warm-up")
+    for n, is_right in enumerate(order):
+        # As long as the right one: a password's length is the caller's own.
+        password = RIGHT if is_right else f"wrong {n:07d}"
+        began = time.perf_counter()
+        data, shown = ask(password)
+        seen = right if is_right else wrong
+        seen.seconds.append(time.perf_counter() - began)
+        seen.sizes.append(len(data))
+        seen.shown.add(shown)
+    return right, wrong
+
+
+def same_distribution(a: list[float], b: list[float]) -> float:
+    """The smaller p-value of Kolmogorov-Smirnov (any difference) and Mann-Whitney (a shift), times two."""
+    return 2 * min(float(stats.ks_2samp(a, b).pvalue), float(stats.mannwhitneyu(a, b).pvalue))
+
+
+@pytest.fixture(scope="module")
+def crop() -> np.ndarray:
+    from skimage import data
+
+    return np.ascontiguousarray(data.astronaut()[40:168, 160:288])
+
+
+@pytest.fixture(scope="module")
+def anonymized(service: Any, crop: np.ndarray, encode: Callable[..., bytes]) -> bytes:
+    with service.client() as client:
+        answer = client.post(
+            "/v1/anonymize", files={"image": encode(crop)}, data={"password": RIGHT, "aligned": "true"}
+        )
+    assert answer.status_code == 200, answer.text
+    return answer.content
+
+
+@pytest.fixture(scope="module")
+def over_http(service: Any, anonymized: bytes) -> Iterator[Callable[[str], tuple[bytes, tuple[Any, ...]]]]:
+    with service.client() as client:
+
+        def ask(password: str) -> tuple[bytes, tuple[Any, ...]]:
+            answer: httpx.Response = client.post(
+                "/v1/recover", files={"image": anonymized}, data={"password": password, "aligned": "true"}
+            )
+            headers = tuple((k, v) for k, v in answer.headers.items() if k not in OWN)
+            return answer.content, (answer.status_code, answer.http_version, headers)
+
+        yield ask
+
+
+@pytest.fixture(scope="module")
+def over_grpc(service: Any, anonymized: bytes) -> Iterator[Callable[[str], tuple[bytes, tuple[Any, ...]]]]:
+    with grpc.insecure_channel(service.grpc) as channel:
+        stub = FaceIdentityStub(channel)
+
+        def ask(password: str) -> tuple[bytes, tuple[Any, ...]]:
+            options = pb.EditOptions(password=password, aligned=True)
+            answer, call = stub.Recover.with_call(pb.EditRequest(image=anonymized, options=options), timeout=60)
+            initial = tuple((k, v) for k, v in call.initial_metadata() if k not in OWN)
+            faces = answer.faces[0].SerializeToString()
+            shown = (call.code(), initial, tuple(call.trailing_metadata()), answer.media_type, faces)
+            return answer.image, shown
+
+        yield ask
+
+
+def judge(ask: Callable[[str], tuple[bytes, tuple[Any, ...]]], count: int, crop: np.ndarray) -> None:
+    right, wrong = alternate(ask, count)
+    # The test would be of nothing if the password made no difference.
+    back, other = (np.asarray(Image.open(io.BytesIO(ask(p)[0]))).astype(int) for p in (RIGHT, "wrong"))
+    assert np.abs(back - crop).mean() < 2 < np.abs(other - crop).mean()
+    assert len(right.shown | wrong.shown) == 1, right.shown ^ wrong.shown
+    # Equal content class: both are pictures of one size in one format, and neither is much smaller than the other.
+    assert max(wrong.sizes) < 1.5 * min(right.sizes) and max(right.sizes) < 1.5 * min(wrong.sizes)
+    p = same_distribution(right.seconds, wrong.seconds)
+    medians = [float(np.median(seen.seconds)) for seen in (right, wrong)]
+    print(json.dumps({"pairs": count, "p": p, "median_seconds": medians, "png": [right.sizes[0], wrong.sizes[:3]]}))
+    assert p > CHANCE, (p, medians)
+
+
+def test_over_http_a_wrong_password_looks_like_the_right_one(over_http: Callable[..., Any], crop: np.ndarray) -> None:
+    judge(over_http, 40, crop)
+
+
+def test_over_grpc_a_wrong_password_looks_like_the_right_one(over_grpc: Callable[..., Any], crop: np.ndarray) -> None:
+    judge(over_grpc, 40, crop)
+
+
+@pytest.mark.soak
+def test_over_both_doors_a_wrong_password_looks_like_the_right_one_500_times(
+    over_http: Callable[..., Any], over_grpc: Callable[..., Any], crop: np.ndarray
+) -> None:
+    judge(over_http, 500, crop)
+    judge(over_grpc, 500, crop)
+
+
+def test_the_log_tells_neither(service: Any, over_http: Callable[..., Any]) -> None:
+    for password in (RIGHT, "another"):
+        over_http(password)
+    right, wrong = (
+        {k: v for k, v in json.loads(line).items() if k not in {"timestamp", "seconds", "request_id", "bytes_out"}}
+        for line in [line for line in service.printed().splitlines() if '"operation": "recover"' in line][-2:]
+    )
+    assert right == wrong
+
+
+def test_a_difference_of_a_quarter_would_be_seen(over_http: Callable[..., Any]) -> None:
+    """What the tests above would miss: the same requests, wrong ones answered a quarter of their time later."""
+    began = time.perf_counter()
+    for _ in range(5):
+        over_http(RIGHT)
+    usual = (time.perf_counter() - began) / 5
+
+    def leaky(password: str) -> tuple[bytes, tuple[Any, ...]]:
+        answer: tuple[bytes, tuple[Any, ...]] = over_http(password)
+        if password != RIGHT:
+            time.sleep(usual / 4)
+        return answer
+
+    right, wrong = alternate(leaky, 20)
+    assert same_distribution(right.seconds, wrong.seconds) < CHANCE
+
+
+def test_no_operation_of_the_service_takes_a_code(service: Any, anonymized: bytes) -> None:
+    """A code given as such would let a caller sweep 2^16 of them without the cost of a password each."""
+    with service.client() as client:
+        answer = client.post("/v1/recover", files={"image": anonymized}, data={"code": "0" * 16, "aligned": "true"})
+    assert answer.status_code in (400, 422)
+    assert answer.json()["type"] == "urn:mien:problem:malformed-request"
