@@ -302,3 +302,14 @@ def exchange() -> Callable[[Path, Path], None]:
             scratch.replace(place / name)
 
     return put
+
+
+@pytest.fixture(scope="session")
+def wait_until() -> Callable[..., None]:
+    """``wait_until(condition, seconds=60)``."""
+    return wait_for
+
+
+@pytest.fixture(scope="module")
+def free_port() -> int:
+    return free_ports(1)[0]
