@@ -88,8 +88,10 @@ def digest_of(folder: Path) -> str:
 
 
 def tampered(model: Path, folder: Path) -> Path:
-    """The same config, another byte in the weights."""
+    """Another byte in the weights than the digest allows; another config too, else the cache has the true weights."""
     shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "images_seen": 13}))
     weights = bytearray((folder / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (folder / "model.safetensors").write_bytes(weights)

@@ -1,0 +1,366 @@
+"""How much of the bare network's speed is left behind each door: ``python -m bench.serving``.
+
+One run, one machine, one model, so that the ratios mean something where the figures themselves do not travel:
+
+- *bare*: the network alone at the batch size that suits the device best,
+- *engine*: admission, queue, workers and batching around it, crops already decoded,
+- *HTTP*, *gRPC*: the real service in a process of its own, aligned crops in and out as PNG, callers on this machine,
+- *codec*: decoding and encoding of such a request on one thread, which a door cannot do without,
+- *lone*: one request of one crop to an idle service, and what of it is neither network, codec nor password derivation,
+- *paper*: the authors' generator at float32 in NCHW, its weights random: arithmetic alone.
+
+Callers and service share the processor here, so that what callers cost is in the figures of the doors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import io
+import json
+import os
+import platform
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+PASSWORD = "bench"  # noqa: S105
+# Of an operation that is repeated: calls not counted.
+_WARM_UP = 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=ROOT / "models" / "mien-128")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of every measurement")
+    parser.add_argument("--faces", type=int, default=32, help="aligned crops in one request")
+    parser.add_argument("--callers", type=int, default=4)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "serving.json")
+    asked = parser.parse_args()
+    report = measure(asked)
+    asked.out.write_text(json.dumps(report, indent=2) + "\n")
+    print(table(report))  # noqa: T201
+    print(asked.out)  # noqa: T201
+
+
+def measure(asked: argparse.Namespace) -> dict[str, Any]:
+    """All figures of one run."""
+    import mien
+
+    model = mien.load(asked.model, device=asked.device)
+    crops = faces(asked.faces, model.crop_size)
+    say("bare network")
+    by_batch = {size: bare(model, size, asked.seconds / 2) for size in (1, 2, 4, 8, 16, 32, 64)}
+    best = max(by_batch, key=lambda size: by_batch[size])
+    say("engine")
+    engine = through_engine(asked, model, crops, best)
+    strip = png(np.concatenate(list(crops)))
+    one = png(crops[0])
+    codec = seconds_of(lambda: recode(strip), asked.seconds / 4)
+    say("doors")
+    with service(asked, best) as (http, grpc):
+        over_http = by_many(lambda: http_caller(http, strip), asked)
+        over_grpc = by_many(lambda: grpc_caller(grpc, strip), asked)
+        lone_http = seconds_of(http_caller(http, one), asked.seconds / 2)
+        lone_grpc = seconds_of(grpc_caller(grpc, one), asked.seconds / 2)
+    network = 1 / by_batch[1]
+    alone = {
+        "network": network,
+        "codec": seconds_of(lambda: recode(one), asked.seconds / 8),
+        "password": seconds_of(lambda: model.code_for("anonymize", PASSWORD), asked.seconds / 4),
+    }
+    # Deriving the code runs beside decoding only; it is not hidden by either.
+    unavoidable = sum(alone.values())
+    say("the paper's architecture")
+    paper = paper_network(asked, best, model.bits, model.crop_size)
+    rate = by_batch[best]
+    return {
+        "machine": {"device": asked.device, "name": device_name(asked.device), "cpus": os.cpu_count()},
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "model": {"digest": model.digest, "architecture": model.config.architecture.name},
+        "faces_per_request": asked.faces,
+        "callers": asked.callers,
+        "bare": {"batch": best, "faces_per_second": rate, "by_batch": by_batch},
+        "engine": share(engine, rate),
+        "http": share(over_http, rate),
+        "grpc": share(over_grpc, rate),
+        "codec": {"seconds_per_face": codec / asked.faces, "share_of_a_bare_face": codec / asked.faces * rate},
+        "lone": {
+            **{f"{name}_seconds": value for name, value in alone.items()},
+            "http_seconds": lone_http,
+            "grpc_seconds": lone_grpc,
+            "http_added_ms": 1000 * (lone_http - unavoidable),
+            "grpc_added_ms": 1000 * (lone_grpc - unavoidable),
+        },
+        "paper": {"faces_per_second": paper, "ours_over_paper": rate / paper},
+    }
+
+
+def share(faces_per_second: float, of: float) -> dict[str, float]:
+    return {"faces_per_second": faces_per_second, "of_bare": faces_per_second / of}
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for people."""
+    rows = [("bare network", report["bare"]["faces_per_second"], 1.0)]
+    rows += [(n, report[n]["faces_per_second"], report[n]["of_bare"]) for n in ("engine", "http", "grpc")]
+    lines = [f"{name:14} {rate:9.1f} faces/s {100 * ratio:6.1f} %" for name, rate, ratio in rows]
+    lone, paper = report["lone"], report["paper"]
+    lines.append(
+        f"lone request   http {1000 * lone['http_seconds']:.1f} ms, added {lone['http_added_ms']:.1f} ms; "
+        f"grpc {1000 * lone['grpc_seconds']:.1f} ms, added {lone['grpc_added_ms']:.1f} ms"
+    )
+    lines.append(
+        f"paper (fp32)   {paper['faces_per_second']:9.1f} faces/s; ours does {paper['ours_over_paper']:.1f} x as many"
+    )
+    lines.append(
+        f"PNG in and out costs {100 * report['codec']['share_of_a_bare_face']:.0f} % of a core while "
+        f"the network does a face; batch {report['bare']['batch']}, {report['machine']['name']}"
+    )
+    return "\n".join(lines)
+
+
+# -- inside ---------------------------------------------------------------------------------------------------------
+
+
+def bare(model: Any, size: int, seconds: float) -> float:
+    """Faces a second of the network at one batch size, crops on the device."""
+    codes = torch.zeros(size, model.bits, device=model.device) - 0.5
+    images = torch.rand(size, 3, model.crop_size, model.crop_size, device=model.device) * 2 - 1
+    return size / seconds_of(lambda: forward(model.network, images, codes), seconds)
+
+
+def forward(network: Any, images: torch.Tensor, codes: torch.Tensor) -> None:
+    with torch.inference_mode():
+        network(images, codes)
+        if images.is_cuda:
+            torch.cuda.synchronize()
+
+
+def paper_network(asked: argparse.Namespace, size: int, bits: int, side: int) -> float:
+    from mien import networks
+
+    network = networks.build(networks.ResNetConfig(), bits=bits, size=side).eval().to(asked.device)
+    codes = torch.zeros(size, bits, device=asked.device) - 0.5
+    images = torch.rand(size, 3, side, side, device=asked.device) * 2 - 1
+    return size / seconds_of(lambda: forward(network, images, codes), asked.seconds)
+
+
+def through_engine(asked: argparse.Namespace, model: Any, crops: np.ndarray, batch: int) -> float:
+    """Faces a second of requests that are admitted, wait, are worked on and batched, without pictures."""
+    from serving.engine import Engine
+    from serving.metrics import Metrics
+    from serving.settings import Settings
+
+    with quiet():
+        engine = Engine(
+            Settings(model=str(asked.model), device=asked.device, batch_size=batch, model_poll=0), Metrics()
+        )
+    engine.start()
+    while engine.status == "loading":
+        time.sleep(0.05)
+    if engine.status != "ready":
+        raise SystemExit(f"no model in {asked.model}")
+    images = torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 127.5 - 1
+    codes = torch.zeros(len(crops), model.bits, dtype=torch.bool)
+    done = 0
+
+    async def caller(ends: float) -> None:
+        nonlocal done
+        while time.monotonic() < ends:
+            with engine.request("anonymize", "http", "bench") as call:
+                await engine.run(call, lambda: engine._batcher.transform(call.served.run, images, codes))
+            done += len(crops)
+
+    async def go(seconds: float) -> None:
+        ends = time.monotonic() + seconds
+        await asyncio.gather(*(caller(ends) for _ in range(asked.callers)))
+
+    asyncio.run(go(1.0))
+    done, began = 0, time.monotonic()
+    asyncio.run(go(asked.seconds))
+    rate = done / (time.monotonic() - began)
+    engine.close()
+    return rate
+
+
+# -- doors ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def service(asked: argparse.Namespace, batch: int) -> Iterator[tuple[str, str]]:
+    """``bentoml serve``; gives the address of HTTP and that of gRPC."""
+    import httpx
+
+    port, grpc_port = free_ports(2)
+    with tempfile.TemporaryDirectory() as home, open(Path(home) / "log", "wb") as log:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "bentoml", "serve", "serving.service:MienService"),
+                *("--host", "127.0.0.1", "--port", str(port), "--working-dir", str(ROOT)),
+            ],
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={
+                **os.environ,
+                "MIEN_MODEL": str(asked.model.resolve()),
+                "MIEN_DEVICE": asked.device,
+                "MIEN_BATCH_SIZE": str(batch),
+                "MIEN_GRPC_PORT": str(grpc_port),
+                "MIEN_MODEL_POLL": "0",
+                "BENTOML_HOME": home,
+            },
+        )
+        try:
+            ends = time.monotonic() + 120
+            while True:
+                if process.poll() is not None or time.monotonic() > ends:
+                    raise SystemExit((Path(home) / "log").read_text())
+                try:
+                    if httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=2, trust_env=False).status_code == 200:
+                        break
+                except httpx.HTTPError:
+                    pass
+                time.sleep(0.2)
+            yield f"http://127.0.0.1:{port}", f"127.0.0.1:{grpc_port}"
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait(30)
+
+
+def http_caller(url: str, picture: bytes) -> Callable[[], None]:
+    import httpx
+
+    client = httpx.Client(base_url=url, timeout=120, trust_env=False)
+
+    def call() -> None:
+        answer = client.post("/v1/anonymize", files={"image": picture}, data={"password": PASSWORD, "aligned": "true"})
+        answer.raise_for_status()
+
+    return call
+
+
+def grpc_caller(address: str, picture: bytes) -> Callable[[], None]:
+    import grpc
+
+    from mien.v1 import face_identity_pb2 as pb
+    from mien.v1.face_identity_pb2_grpc import FaceIdentityStub
+
+    channel = grpc.insecure_channel(address, [("grpc.max_receive_message_length", -1)])
+    stub = FaceIdentityStub(channel)
+    message = pb.EditRequest(image=picture, options=pb.EditOptions(password=PASSWORD, aligned=True))
+    return lambda: stub.Anonymize(message, timeout=120) and None
+
+
+def by_many(make: Callable[[], Callable[[], None]], asked: argparse.Namespace) -> float:
+    """Faces a second of callers that ask without a pause; whole requests within the time are counted."""
+    finished: list[float] = []
+    calls = [make() for _ in range(asked.callers)]
+    ends = time.monotonic() + asked.seconds + 1
+
+    def run(call: Callable[[], None]) -> None:
+        while time.monotonic() < ends:
+            call()
+            finished.append(time.monotonic())
+
+    threads = [threading.Thread(target=run, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    finished.sort()
+    # From the first answer to the last: the time before the first is no time of full load.
+    return asked.faces * (len(finished) - 1) / (finished[-1] - finished[0])
+
+
+# -- small things ---------------------------------------------------------------------------------------------------
+
+
+def seconds_of(call: Callable[[], object], seconds: float) -> float:
+    """The median time of one call."""
+    for _ in range(_WARM_UP):
+        call()
+    taken: list[float] = []
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends or len(taken) < 3:
+        began = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken)
+
+
+def faces(count: int, side: int) -> np.ndarray:
+    """uint8 ``[count, side, side, 3]``: one real face, moved, so that PNG has something real to compress."""
+    from skimage import data
+
+    photo = np.asarray(Image.fromarray(data.astronaut()[20:200, 140:320]).resize((side, side)))
+    return np.stack([np.roll(photo, 3 * n, axis=1) for n in range(count)])
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def recode(data: bytes) -> None:
+    from mien import pictures
+
+    pictures.encode(pictures.decode(data), "PNG")
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for probe in sockets:
+        probe.bind(("127.0.0.1", 0))
+    ports = [int(probe.getsockname()[1]) for probe in sockets]
+    for probe in sockets:
+        probe.close()
+    return ports
+
+
+def device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return str(torch.cuda.get_device_name())
+    names = [line.split(":")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    return names[0].strip() if names else platform.processor()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """A log that is made here goes nowhere."""
+    kept, sys.stdout = sys.stdout, io.StringIO()
+    try:
+        yield
+    finally:
+        sys.stdout = kept
+
+
+def say(what: str) -> None:
+    print(f"... {what}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
