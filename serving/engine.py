@@ -9,7 +9,6 @@ Reading a body takes no worker and no place in the queue, however slowly it arri
 from __future__ import annotations
 
 import asyncio
-import importlib.metadata
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 import structlog
 
+from mien import __version__
 from serving import logs
 from serving.batching import Batcher
 from serving.keys import Gate
@@ -154,7 +154,7 @@ class Engine:
         self.settings = settings
         self.metrics = metrics
         self.log = log or logs.configure()
-        self.version = importlib.metadata.version("mien")
+        self.version = __version__
         self.status: Status = "loading"
         self.gate = Gate(settings, self.log)
         self.models = Models(settings, metrics, self.log)

@@ -18,7 +18,7 @@ from serving.settings import Settings
 PAGE: Final = Path(__file__).resolve().parents[1] / "docs" / "serving.md"
 _BLOCK: Final = re.compile(r"(<!-- (?P<name>[a-z]+): generated -->\n).*?(<!-- end -->)", re.S)
 # Defaults that depend on the machine.
-_COMPUTED: Final = {"workers": "CPUs, at most 8"}
+_COMPUTED: Final = {"model": "`models/mien-128`", "workers": "CPUs, at most 8"}
 
 
 def settings() -> str:

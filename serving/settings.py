@@ -12,6 +12,13 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 MIB = 1024 * 1024
 
 
+def _shipped_model() -> str:
+    """The model beside this package, in a checkout and in a Bento; else one in the working directory."""
+    name = Path("models") / "mien-128"
+    beside = Path(__file__).resolve().parents[1] / name
+    return str(beside if beside.is_dir() else name)
+
+
 class Settings(BaseSettings):
     """The service's configuration, frozen once it is read. ``Settings()`` reads the environment.
 
@@ -25,7 +32,7 @@ class Settings(BaseSettings):
 
     # The model.
     model: Annotated[str, BeforeValidator(os.fspath)] = Field(
-        default="models/mien-128",
+        default_factory=_shipped_model,
         description="what is served: a folder, or models:/NAME/VERSION, models:/NAME@ALIAS (MLFLOW_TRACKING_URI)",
     )
     model_poll: float = Field(
