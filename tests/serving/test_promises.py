@@ -191,6 +191,50 @@ def test_no_system_call_opens_a_file_for_writing_during_requests(
     assert found == []
 
 
+@pytest.mark.soak
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+def test_200_requests_of_50_kb_to_20_mb_open_no_file_for_writing_and_leave_no_canary(
+    tiny_model: Path,
+    tmp_path: Path,
+    astronaut: bytes,
+    large: bytes,
+    encode: Callable[..., bytes],
+    start_service: Callable[..., Any],
+) -> None:
+    from skimage import data
+
+    draw = np.random.default_rng(1)
+    pictures = [encode(data.astronaut(), "JPEG", quality=85), astronaut, large]
+    for side in (1500, 2600):
+        noise = draw.integers(0, 256, (side, side, 3), dtype=np.uint8)
+        noise[:512, :512] = data.astronaut()
+        pictures.append(encode(noise))
+    assert len(pictures[0]) < 100_000 and len(pictures[-1]) > 19 * 2**20
+    # A run of the picture's own pixels, which a decoded copy of it would hold.
+    canary_picture = data.astronaut()[100, 200:240].tobytes()
+    with start_service(tiny_model, tmp_path, MIEN_MAX_BODY_BYTES=str(28 * 2**20)) as service:
+        with service.client(timeout=120) as client, opened_for_writing(service.worker, tmp_path / "trace") as found:
+            traffic(service, client, astronaut, large)
+            for n in range(180):
+                picture = pictures[n % len(pictures)]
+                if n % 7 == 6:
+                    picture = picture[: len(picture) // 2]
+                if n % 3 == 0 and len(picture) < 16 * 2**20:
+                    document = {"image": base64.b64encode(picture).decode(), "password": CANARY}
+                    answer = client.post("/v1/anonymize", json=document)
+                else:
+                    answer = post(client, "/v1/anonymize", picture, password=CANARY)
+                assert answer.status_code == (422 if n % 7 == 6 else 200), answer.text
+            metrics = client.get("/metrics").text
+        assert found == []
+        assert CANARY not in metrics + service.printed()
+        for place in (service.home, Path("/dev/shm")):
+            for path in place.rglob("*"):
+                if path.is_file():
+                    held = path.read_bytes()
+                    assert CANARY.encode() not in held and canary_picture not in held, path
+
+
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 def test_the_tracer_sees_a_file_that_is_opened_for_writing(tmp_path: Path) -> None:
     """Else the test above could not fail."""
