@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -117,13 +118,18 @@ def test_a_bento_is_built_and_serves_its_own_model(
     )
     url = f"http://127.0.0.1:{free_port}"
     deadline = time.monotonic() + 90
-    while True:
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-        try:
-            if httpx.get(f"{url}/readyz", timeout=2, trust_env=False).status_code == 200:
-                break
-        except httpx.TransportError:
-            pass
-        time.sleep(0.3)
-    model = httpx.get(f"{url}/v1/model", timeout=5, trust_env=False).json()
-    assert model["digest"] == json.loads((inside / "models" / "mien-128" / "config.json").read_text())["digest"]
+    try:
+        while True:
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            try:
+                if httpx.get(f"{url}/readyz", timeout=2, trust_env=False).status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass
+            time.sleep(0.3)
+        model = httpx.get(f"{url}/v1/model", timeout=5, trust_env=False).json()
+        assert model["digest"] == json.loads((inside / "models" / "mien-128" / "config.json").read_text())["digest"]
+    finally:
+        # BentoML's worker is in a session of its own: it ends with its supervisor only where that one is asked to end.
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)

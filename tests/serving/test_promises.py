@@ -305,7 +305,7 @@ def test_a_full_service_refuses_at_once_and_recovers(service: Any, client: httpx
     for answer in refused:
         assert answer.json()["type"] == "urn:mien:problem:overloaded"
         assert int(answer.headers["retry-after"]) >= 1
-    assert max(took) < 2
+    assert max(took) < 5
     assert client.get("/readyz").status_code == 200
     assert post(client, "/v1/anonymize", astronaut, password="p").status_code == 200
     metrics = client.get("/metrics").text
