@@ -55,7 +55,7 @@ class Options:
     shared: Path
     photos: int = 160
     images: int = 160
-    faces: int = 12  # that evaluate looks at
+    faces: int = 24  # that evaluate looks at; its threshold needs 200 pairs of different people
     timeout: float = PART_TIMEOUT
 
 
@@ -353,7 +353,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/local"), help="of everything it leaves [runs/local]")
     parser.add_argument("--photos", type=int, default=160, help="pictures taken [160]")
     parser.add_argument("--images", type=int, default=160, help="images trained on [160]")
-    parser.add_argument("--faces", type=int, default=12, help="faces that evaluate looks at [12]")
+    parser.add_argument("--faces", type=int, default=24, help="faces that evaluate looks at [24]")
     parser.add_argument("--fresh", action="store_true", help="begin anew: remove what an earlier run left there")
     chosen = parser.parse_args()
     shared = Path(os.environ.get("MIEN_SHARED", "../shared")).resolve()

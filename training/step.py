@@ -513,6 +513,8 @@ class Trainer:
             sums.index_add_(0, identities.to(self.device), embeddings)
         present = self.world.sum_(sums).abs().sum(dim=1).nonzero().flatten()
         self.head.centre_on(sums[present], present)
+        if "recogniser" in self.players:
+            self.players["recogniser"].weights_were_set()
 
     # -- state ------------------------------------------------------------------------------------------------------
 

@@ -36,6 +36,11 @@ class Player(Protocol):
         nothing moves and all return False."""
         ...
 
+    def weights_were_set(self) -> None:
+        """The modules' weights were written by other hands than :meth:`update`: a strategy that keeps copies of them
+        takes these, or its next update would bring the old ones back."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """The whole optimizer's state in :class:`torch.optim.Adam`'s form, the same on all processes."""
         ...

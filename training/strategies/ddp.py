@@ -58,6 +58,9 @@ class SummedGradients:
         self.optimizer.step()
         return True
 
+    def weights_were_set(self) -> None:
+        """Nothing is kept but the weights themselves."""
+
     def state_dict(self) -> dict[str, Any]:
         return self.optimizer.state_dict()
 

@@ -84,6 +84,9 @@ class ZeroRedundancy:
         self._engine.step()
         return not self._zero.overflow
 
+    def weights_were_set(self) -> None:
+        self._zero.refresh_fp32_params()
+
     def state_dict(self) -> dict[str, Any]:
         from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -102,7 +105,7 @@ class ZeroRedundancy:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
-        self._zero.refresh_fp32_params()
+        self.weights_were_set()
         if not state["state"]:
             return
         step = max(float(kept["step"]) for kept in state["state"].values())
