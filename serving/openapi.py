@@ -37,6 +37,7 @@ _EDIT: tuple[type[Exception], ...] = (
 )
 _RECOVER = (*_EDIT, errors.WrongModel)
 
+_NUMBER_TEXT = r"^(0|[1-9]\d{0,2})$"  # of a face
 _NUMBER = {"type": "number"}
 _BOX = {
     "type": "array",
@@ -218,18 +219,24 @@ def _with_image(kind: type[BaseModel], image: dict[str, Any]) -> dict[str, Any]:
     schema["properties"] = {"image": image, **schema.get("properties", {})}
     schema["required"] = ["image", *schema.get("required", [])]
     if "passwords" in schema["properties"]:
-        schema["anyOf"] = [{"required": ["password"]}, {"required": ["passwords"]}]
+        (mapping,) = (k for k in schema["properties"]["passwords"]["anyOf"] if k.get("type") == "object")
+        mapping["propertyNames"] = {"pattern": _NUMBER_TEXT}
+        given = {"not": {"type": "null"}}
+        schema["anyOf"] = [{"required": [name], "properties": {name: given}} for name in ("password", "passwords")]
     return schema
 
 
 _NUMBERS_TEXT = r"^\s*(\d{1,4}\s*(,\s*\d{1,4}\s*)*)?$"
 _BOX_TEXT = r"-?\d{1,6}(\.\d+)?(,-?\d{1,6}(\.\d+)?){3}"
+_ENTRY = r'"(0|[1-9]\d{0,2})": ?"([^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4}){1,1024}"'
+# No number twice: what a JSON object with a name twice means, nobody knows; it is refused.
+_PASSWORDS_TEXT = rf'^(?!.*"(\d+)":.*"\1":)\{{{_ENTRY}(, ?{_ENTRY}){{0,31}}\}}$'
 _AS_TEXT: dict[str, dict[str, str]] = {
     "faces": {"pattern": _NUMBERS_TEXT, "example": "0,2"},
     "exclude_faces": {"pattern": _NUMBERS_TEXT, "example": "1"},
     "boxes": {"pattern": f"^({_BOX_TEXT}(;{_BOX_TEXT})*)?$", "example": "10,20,90,120;200,20,280,120"},
     "exclude_boxes": {"pattern": f"^({_BOX_TEXT}(;{_BOX_TEXT})*)?$", "example": "10,20,90,120"},
-    "passwords": {"contentMediaType": "application/json", "format": "password"},
+    "passwords": {"pattern": _PASSWORDS_TEXT, "contentMediaType": "application/json", "format": "password"},
 }
 
 
@@ -250,7 +257,12 @@ def _as_form(schema: dict[str, Any]) -> dict[str, Any]:
 
 def _schemas() -> dict[str, Any]:
     binary = {"type": "string", "contentMediaType": "application/octet-stream", "description": "the picture's bytes"}
-    encoded = {"type": "string", "contentEncoding": "base64", "description": "the picture's bytes in base64"}
+    encoded = {
+        "type": "string",
+        "pattern": "^([A-Za-z0-9+/]{4})*([A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$",
+        "contentEncoding": "base64",
+        "description": "the picture's bytes in base64 (RFC 4648, no line breaks)",
+    }
     face = {
         "type": "object",
         "required": ["box"],
