@@ -68,6 +68,11 @@ def test_two_processes_micro_batches_and_deepspeed_give_the_losses_of_one_proces
         for key, value in reference.items():
             if "pools" in key and "images" in key:
                 assert (found[key].float() - value.float()).abs().mean() < 0.01, key
+            elif key.startswith("/optimizers/") and value.is_floating_point():
+                # Moments are gradients, of a minimax whose rounding grows with every step: measured after four, they
+                # differ by up to 8 % of a tensor's norm between one process and two. A stale weight makes it 235 times.
+                difference = (found[key].float() - value.float()).norm()
+                assert difference <= 0.15 * value.float().norm() + 1e-6, (other.name, key)
             elif value.is_floating_point():
                 # Adam divides by the gradient's size: where that is rounding alone, the direction is too.
                 assert torch.allclose(found[key], value, rtol=0.02, atol=4e-4), (other.name, key)
