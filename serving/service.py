@@ -71,11 +71,13 @@ class MienService:
     def check() -> None:
         """Stop ``bentoml serve`` at once, with a clear message, where it could not serve or should not."""
         settings = Settings()
+        hardening.be_supervisor()
         check_address(settings, _host_of_command())
         check_model_files(settings)
 
     @bentoml.on_startup  # type: ignore[untyped-decorator]
     async def start(self) -> None:
+        hardening.end_with_supervisor()
         settings = self.engine.settings
         host = _host_of_socket()
         # Again, for who starts the service without the command that checks.

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -84,8 +83,8 @@ def test_promtool_finds_nothing_to_say_about_the_metrics(client: httpx.Client) -
 # -- BentoML ------------------------------------------------------------------------------------------------------
 
 
-def test_a_bento_is_built_and_serves_its_own_model(
-    background: Callable[..., Any], free_port: int, tmp_path: Path
+def test_a_bento_is_built_serves_its_own_model_and_ends_with_its_supervisor(
+    background: Callable[..., Any], free_port: int, wait_until: Callable[..., None], tmp_path: Path
 ) -> None:
     own = ROOT / ".cache" / "uv" / "bin"
     path = f"{own}:{os.environ['PATH']}" if own.is_dir() else os.environ["PATH"]
@@ -130,6 +129,61 @@ def test_a_bento_is_built_and_serves_its_own_model(
         model = httpx.get(f"{url}/v1/model", timeout=5, trust_env=False).json()
         assert model["digest"] == json.loads((inside / "models" / "mien-128" / "config.json").read_text())["digest"]
     finally:
-        # BentoML's worker is in a session of its own: it ends with its supervisor only where that one is asked to end.
-        process.send_signal(signal.SIGTERM)
+        # The worker is in a session of its own, so killing the group would not reach it.
+        workers = [int(pid) for pid in children(process.pid)]
+        process.kill()
         process.wait(30)
+    assert workers
+    wait_until(lambda: not any(running(pid) for pid in workers), 30)
+
+
+def children(pid: int) -> list[str]:
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, timeout=10)
+    return listed.stdout.split()
+
+
+def running(pid: int) -> bool:
+    """Whether a process is there and not only waiting to be reaped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+_WORKER = """
+import pathlib, signal, sys, time
+from serving import hardening
+while len(sys.argv) > 3 and not pathlib.Path(sys.argv[3]).exists():
+    time.sleep(0.01)
+signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path(sys.argv[2]).touch(), sys.exit()))
+hardening.end_with_supervisor()
+pathlib.Path(sys.argv[1]).touch()
+time.sleep(60)
+"""
+_SUPERVISOR = """
+import subprocess, sys, time
+from serving import hardening
+hardening.be_supervisor()
+subprocess.Popen([sys.executable, "-c", *sys.argv[1:]])
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent is gone")
+@pytest.mark.parametrize("early", [False, True], ids=["later", "before-it-asked"])
+def test_a_worker_is_told_to_end_when_its_supervisor_is_killed(
+    background: Callable[..., Any], wait_until: Callable[..., None], tmp_path: Path, early: bool
+) -> None:
+    up, ended, go = (tmp_path / name for name in ("up", "ended", "go"))
+    supervisor = background(
+        [sys.executable, "-c", _SUPERVISOR, _WORKER, up, ended, *([go] if early else [])], log=tmp_path / "log"
+    )
+    if early:
+        wait_until(lambda: children(supervisor.pid), 20)
+    else:
+        wait_until(up.exists, 20)
+    assert not ended.exists()
+    supervisor.kill()
+    supervisor.wait(10)
+    go.touch()
+    wait_until(ended.exists, 20)
