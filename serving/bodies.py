@@ -16,6 +16,7 @@ from typing import Any, Final
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
+from serving.options import unique
 from serving.problems import BodyTooLarge, MalformedRequest, UnsupportedMediaType
 
 MAX_PARTS: Final = 16
@@ -164,7 +165,7 @@ class _Form:
 
 def _parse_json(document: bytearray) -> Body:
     try:
-        fields = json.loads(document, object_pairs_hook=_unique)
+        fields = json.loads(document, object_pairs_hook=unique)
     except (ValueError, RecursionError):
         raise MalformedRequest("The body is not valid JSON.") from None
     if not isinstance(fields, dict):
@@ -176,10 +177,3 @@ def _parse_json(document: bytearray) -> Body:
         return Body(base64.b64decode(text, validate=True), fields)
     except (binascii.Error, ValueError):
         raise MalformedRequest("The field 'image' is not base64 (RFC 4648, no line breaks, no data: prefix).") from None
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        raise ValueError("a name appears twice")
-    return out

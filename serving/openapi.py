@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel
 
-from mien import errors
+from mien import errors, pictures
+from mien.passwords import MAX_PASSWORD_CHARACTERS
 from serving import problems
 from serving.options import DetectOptions, EditOptions
 from serving.problems import PROBLEM_TYPE, PROBLEMS
@@ -109,7 +113,7 @@ def _edit(operation: str, summary: str) -> dict[str, Any]:
             "picture in base64."
         ),
         "parameters": [_request_id_parameter()],
-        "requestBody": _request_body("EditForm", "EditJson"),
+        "requestBody": _request_body("EditForm", "EditJson", {"password": "correct horse", "aligned": True}),
         "responses": {
             "200": {
                 "description": "the picture",
@@ -133,7 +137,7 @@ def _detect() -> dict[str, Any]:
         "summary": "Find the faces of a picture, the largest first",
         "description": "A picture without a face is no error here: `faces` is empty.",
         "parameters": [_request_id_parameter()],
-        "requestBody": _request_body("DetectForm", "DetectJson"),
+        "requestBody": _request_body("DetectForm", "DetectJson", {}),
         "responses": {
             "200": {
                 "description": "the faces",
@@ -187,14 +191,30 @@ def _request_id_parameter() -> dict[str, Any]:
     }
 
 
-def _request_body(form: str, json: str) -> dict[str, Any]:
+def _request_body(form: str, json: str, example: dict[str, Any]) -> dict[str, Any]:
     return {
         "required": True,
         "content": {
             "multipart/form-data": {"schema": {"$ref": f"#/components/schemas/{form}"}},
-            "application/json": {"schema": {"$ref": f"#/components/schemas/{json}"}},
+            "application/json": {
+                "schema": {"$ref": f"#/components/schemas/{json}"},
+                "examples": {
+                    "crop": {
+                        "summary": "shades of the size of an aligned crop (128 x 128), as one PNG",
+                        "value": {"image": _picture(), **example},
+                    }
+                },
+            },
         },
     }
+
+
+@cache
+def _picture() -> str:
+    """A small PNG in base64."""
+    ramp = np.linspace(40, 215, 128).astype(np.uint8)
+    shades = np.stack(np.broadcast_arrays(ramp, ramp[:, None], ramp[::-1]), axis=-1)
+    return base64.b64encode(pictures.encode(pictures.Picture(np.ascontiguousarray(shades)))).decode()
 
 
 def _problems(kinds: Iterable[type[Exception]]) -> dict[str, Any]:
@@ -221,6 +241,9 @@ def _with_image(kind: type[BaseModel], image: dict[str, Any]) -> dict[str, Any]:
     if "passwords" in schema["properties"]:
         (mapping,) = (k for k in schema["properties"]["passwords"]["anyOf"] if k.get("type") == "object")
         mapping["propertyNames"] = {"pattern": _NUMBER_TEXT}
+        (text,) = (k for k in schema["properties"]["password"]["anyOf"] if k.get("type") == "string")
+        for password in (text, mapping["additionalProperties"]):
+            password.update(minLength=1, maxLength=MAX_PASSWORD_CHARACTERS)
         given = {"not": {"type": "null"}}
         schema["anyOf"] = [{"required": [name], "properties": {name: given}} for name in ("password", "passwords")]
     return schema
@@ -229,14 +252,19 @@ def _with_image(kind: type[BaseModel], image: dict[str, Any]) -> dict[str, Any]:
 _NUMBERS_TEXT = r"^\s*(\d{1,4}\s*(,\s*\d{1,4}\s*)*)?$"
 _BOX_TEXT = r"-?\d{1,6}(\.\d+)?(,-?\d{1,6}(\.\d+)?){3}"
 _ENTRY = r'"(0|[1-9]\d{0,2})": ?"([^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4}){1,1024}"'
-# No number twice: what a JSON object with a name twice means, nobody knows; it is refused.
-_PASSWORDS_TEXT = rf'^(?!.*"(\d+)":.*"\1":)\{{{_ENTRY}(, ?{_ENTRY}){{0,31}}\}}$'
-_AS_TEXT: dict[str, dict[str, str]] = {
+_PASSWORDS_TEXT = rf"^\{{{_ENTRY}(, ?{_ENTRY}){{0,31}}\}}$"
+_AS_TEXT: dict[str, dict[str, Any]] = {
     "faces": {"pattern": _NUMBERS_TEXT, "example": "0,2"},
     "exclude_faces": {"pattern": _NUMBERS_TEXT, "example": "1"},
     "boxes": {"pattern": f"^({_BOX_TEXT}(;{_BOX_TEXT})*)?$", "example": "10,20,90,120;200,20,280,120"},
     "exclude_boxes": {"pattern": f"^({_BOX_TEXT}(;{_BOX_TEXT})*)?$", "example": "10,20,90,120"},
-    "passwords": {"pattern": _PASSWORDS_TEXT, "contentMediaType": "application/json", "format": "password"},
+    # The pattern cannot say that no number comes twice; the format, which is ours, means what contentSchema describes.
+    "passwords": {
+        "pattern": _PASSWORDS_TEXT,
+        "contentMediaType": "application/json",
+        "format": "passwords-by-face",
+        "example": '{"0": "secret"}',
+    },
 }
 
 
@@ -246,13 +274,21 @@ def _as_form(schema: dict[str, Any]) -> dict[str, Any]:
     for name, text in _AS_TEXT.items():
         if name in properties:
             description = EditOptions.model_fields[name].description
-            properties[name] = {"type": "string", "description": description, **text}
+            text = {"type": "string", "description": description, **text}
+            if name == "passwords":
+                text["contentSchema"] = _kept(properties[name])
+            properties[name] = text
     for name, value in properties.items():
         if "anyOf" in value:
-            kept = [kind for kind in value["anyOf"] if kind.get("type") != "null"]
             rest = {key: item for key, item in value.items() if key not in ("anyOf", "default")}
-            properties[name] = {**kept[0], **rest}
+            properties[name] = {**_kept(value), **rest}
     return schema
+
+
+def _kept(value: dict[str, Any]) -> dict[str, Any]:
+    """What a value may be beside null."""
+    (kept,) = (kind for kind in value["anyOf"] if kind.get("type") != "null")
+    return dict(kept)
 
 
 def _schemas() -> dict[str, Any]:

@@ -30,11 +30,22 @@ def _mapping(value: Any) -> Any:
         if not value.strip():
             return None
         try:
-            return json.loads(value)
+            return json.loads(value, object_pairs_hook=unique)
         except (ValueError, RecursionError):
             # `from None`: the chained error's message would quote it.
             raise ValueError("it is not a JSON object") from None
     return value
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of a JSON text, for ``object_pairs_hook``; ``ValueError`` where a name appears twice.
+
+    What such an object means, nobody knows: of two passwords for one face, the caller may believe in the other one.
+    """
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        raise ValueError("a name appears twice")
+    return out
 
 
 def _lower(value: Any) -> Any:
