@@ -103,7 +103,8 @@ class Cache:
 
     def bytes(self) -> int:
         """What it holds and has reserved."""
-        return sum(size for _, size, _ in self._entries())
+        with self._locked("cache" + _LOCK):
+            return sum(size for _, size, _ in self._entries())
 
     def _held(self, sha256: str) -> Copy | None:
         path = self.folder / (sha256 + _OBJECT)
@@ -142,11 +143,18 @@ class Cache:
                 return self._in_memory(place, name, sha256, size, "everything in it is in use")
             try:
                 place.download(name, part, sha256=sha256)
-                part.replace(self.folder / (sha256 + _OBJECT))
-                status = (self.folder / (sha256 + _OBJECT)).stat()
+                # Locked before it has its name: from then on others may evict it.
+                descriptor = os.open(part, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_SH)
+                    with self._locked("cache" + _LOCK):  # or who sums up might count it under both names
+                        part.replace(self.folder / (sha256 + _OBJECT))
+                    status = os.fstat(descriptor)
+                except BaseException:
+                    os.close(descriptor)
+                    raise
                 self._sound[sha256] = (status.st_ino, status.st_mtime_ns, status.st_size)
-                held = self._held(sha256)
-                return held if held is not None else self._in_memory(place, name, sha256, size, "it was emptied")
+                return Copy(descriptor, status.st_size)
             except ChecksumMismatch as error:
                 if attempt:
                     raise

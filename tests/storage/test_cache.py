@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -190,11 +191,11 @@ def test_a_full_disk_is_worked_around_and_said(
                 with cache.open(place, name, sha256=hashlib.sha256(data).hexdigest(), size=size) as copy:
                     assert copy.read(0, size) == data and not copy.in_memory
     assert caplog.text == ""
-    (small_disk / "somebody else's").write_bytes(b"x" * (1 << 20))  # fills what the copies leave
     for path in (small_disk / "cache").glob("*.object"):
         path.unlink()
-        with open(small_disk / "more of it", "ab") as file:
-            file.write(b"x" * size)
+    with suppress(OSError), open(small_disk / "somebody else's", "wb", buffering=0) as file:
+        while True:  # until the disk is full
+            file.write(b"x" * 4096)
     for name, data in objects.items():
         with cache.open(place, name, sha256=hashlib.sha256(data).hexdigest(), size=size) as copy:
             assert copy.in_memory and copy.read(0, size) == data
