@@ -6,7 +6,9 @@ One run, one machine, one model, so that the ratios mean something where the fig
 - *engine*: admission, queue, workers and batching around it, crops already decoded,
 - *HTTP*, *gRPC*: the real service in a process of its own, aligned crops in and out as PNG, callers on this machine,
 - *codec*: decoding and encoding of such a request on one thread, which a door cannot do without,
-- *lone*: one request of one crop to an idle service, and what of it is neither network, codec nor password derivation,
+- *lone*: one request of one crop to an idle service, in turns with the same work done here without a service; what a
+  door adds is the median of the differences, for a machine is seldom as fast now as it was a minute ago,
+- *password*: what Argon2id takes of the processor, by design, of every request; on a CPU the network lacks it,
 - *paper*: the authors' generator at float32 in NCHW, its weights random: arithmetic alone.
 
 Callers and service share the processor here, so that what callers cost is in the figures of the doors.
@@ -76,16 +78,9 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
     with service(asked, best) as (http, grpc):
         over_http = by_many(lambda: http_caller(http, strip), asked)
         over_grpc = by_many(lambda: grpc_caller(grpc, strip), asked)
-        lone_http = seconds_of(http_caller(http, one), asked.seconds / 2)
-        lone_grpc = seconds_of(grpc_caller(grpc, one), asked.seconds / 2)
-    network = 1 / by_batch[1]
-    alone = {
-        "network": network,
-        "codec": seconds_of(lambda: recode(one), asked.seconds / 8),
-        "password": seconds_of(lambda: model.code_for("anonymize", PASSWORD), asked.seconds / 4),
-    }
-    # Deriving the code runs beside decoding only; it is not hidden by either.
-    unavoidable = sum(alone.values())
+        doors = {"http": http_caller(http, one), "grpc": grpc_caller(grpc, one)}
+        alone = lone(model, one, doors, 2 * asked.seconds)
+    password = cpu_seconds(lambda: model.code_for("anonymize", PASSWORD))
     say("the paper's architecture")
     paper = paper_network(asked, best, model.bits, model.crop_size)
     rate = by_batch[best]
@@ -100,13 +95,12 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
         "http": share(over_http, rate),
         "grpc": share(over_grpc, rate),
         "codec": {"seconds_per_face": codec / asked.faces, "share_of_a_bare_face": codec / asked.faces * rate},
-        "lone": {
-            **{f"{name}_seconds": value for name, value in alone.items()},
-            "http_seconds": lone_http,
-            "grpc_seconds": lone_grpc,
-            "http_added_ms": 1000 * (lone_http - unavoidable),
-            "grpc_added_ms": 1000 * (lone_grpc - unavoidable),
+        "password": {
+            "cpu_seconds": password,
+            # Of the processor time in which the bare network does the faces of one request.
+            "share_of_a_request": password * rate / asked.faces / (os.cpu_count() or 1),
         },
+        "lone": alone,
         "paper": {"faces_per_second": paper, "ours_over_paper": rate / paper},
     }
 
@@ -120,10 +114,15 @@ def table(report: dict[str, Any]) -> str:
     rows = [("bare network", report["bare"]["faces_per_second"], 1.0)]
     rows += [(n, report[n]["faces_per_second"], report[n]["of_bare"]) for n in ("engine", "http", "grpc")]
     lines = [f"{name:14} {rate:9.1f} faces/s {100 * ratio:6.1f} %" for name, rate, ratio in rows]
-    lone, paper = report["lone"], report["paper"]
+    lone, paper, password = report["lone"], report["paper"], report["password"]
     lines.append(
-        f"lone request   http {1000 * lone['http_seconds']:.1f} ms, added {lone['http_added_ms']:.1f} ms; "
-        f"grpc {1000 * lone['grpc_seconds']:.1f} ms, added {lone['grpc_added_ms']:.1f} ms"
+        f"lone request   {1000 * lone['direct_seconds']:.1f} ms without a service ("
+        + ", ".join(f"{name} {1000 * lone[name + '_seconds']:.1f}" for name in STAGES)
+        + f"); http adds {lone['http_added_ms']:.1f} ms, grpc {lone['grpc_added_ms']:.1f} ms"
+    )
+    lines.append(
+        f"Argon2id       {1000 * password['cpu_seconds']:.0f} ms of processor time a request, "
+        f"{100 * password['share_of_a_request']:.0f} % of what its {report['faces_per_request']} faces take"
     )
     lines.append(
         f"paper (fp32)   {paper['faces_per_second']:9.1f} faces/s; ours does {paper['ours_over_paper']:.1f} x as many"
@@ -133,6 +132,46 @@ def table(report: dict[str, Any]) -> str:
         f"the network does a face; batch {report['bare']['batch']}, {report['machine']['name']}"
     )
     return "\n".join(lines)
+
+
+STAGES = ("decode", "password", "network", "encode")
+
+
+def lone(model: Any, picture: bytes, doors: dict[str, Callable[[], None]], seconds: float) -> dict[str, float]:
+    """One request at a time, through each door and without any, in turns.
+
+    Returns:
+        Median seconds of each and of the :data:`STAGES` of the work, and the milliseconds that each door adds.
+    """
+    from mien import pictures
+
+    taken: dict[str, list[float]] = {name: [] for name in (*STAGES, "direct", *doors)}
+    ends = time.monotonic() + seconds
+    rounds = 0
+    while time.monotonic() < ends or rounds < _WARM_UP + 5:
+        marks = [time.perf_counter()]
+        decoded = pictures.decode(picture)
+        marks.append(time.perf_counter())
+        code = model.code_for("anonymize", PASSWORD)
+        marks.append(time.perf_counter())
+        changed = model.transform(decoded.pixels[None], code[None])
+        marks.append(time.perf_counter())
+        pictures.encode(decoded.with_pixels(changed[0], None), "PNG")
+        marks.append(time.perf_counter())
+        for name, began, ended in zip(STAGES, marks, marks[1:], strict=False):
+            taken[name].append(ended - began)
+        taken["direct"].append(marks[-1] - marks[0])
+        for name, ask in doors.items():
+            began = time.perf_counter()
+            ask()
+            taken[name].append(time.perf_counter() - began)
+        rounds += 1
+    kept = {name: values[_WARM_UP:] for name, values in taken.items()}
+    report = {f"{name}_seconds": statistics.median(values) for name, values in kept.items()}
+    for name in doors:
+        differences = [through - bare for through, bare in zip(kept[name], kept["direct"], strict=True)]
+        report[f"{name}_added_ms"] = 1000 * statistics.median(differences)
+    return report
 
 
 # -- inside ---------------------------------------------------------------------------------------------------------
@@ -308,6 +347,16 @@ def seconds_of(call: Callable[[], object], seconds: float) -> float:
         began = time.perf_counter()
         call()
         taken.append(time.perf_counter() - began)
+    return statistics.median(taken)
+
+
+def cpu_seconds(call: Callable[[], object]) -> float:
+    """The median processor time of one call, of all threads."""
+    taken = []
+    for _ in range(7):
+        began = time.process_time()
+        call()
+        taken.append(time.process_time() - began)
     return statistics.median(taken)
 
 

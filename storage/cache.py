@@ -57,6 +57,9 @@ class Copy:
             os.close(self._source)  # and with it the lock
             self._source = -1
 
+    def __del__(self) -> None:
+        self.close()
+
     def __enter__(self) -> Copy:
         return self
 

@@ -33,7 +33,7 @@ class Config(BaseModel):
 class DataConfig(Config):
     """Where the crops are (services.ingest wrote them)."""
 
-    shards: str = Field(description="folder with manifest.json and its shards")
+    shards: str = Field(description="folder or s3:// prefix with manifest.json and its shards")
     flip: bool = Field(True, description="mirror half of the training crops")
     limit: PositiveInt | None = Field(None, description="use only the first so many training samples (dry runs)")
 
@@ -154,6 +154,15 @@ class RunConfig(Config):
     accumulate: PositiveInt = Field(1, description="micro-batches that a process cuts its part of a batch into")
     timeout: PositiveFloat = Field(300, description="seconds after which a process that waits for another gives up")
     patience: PositiveFloat = Field(600, description="seconds for which a store that does not answer is asked again")
+    cache: str | None = Field(
+        None, description="folder for verified copies of shards; None: $XDG_CACHE_HOME/mien/shards for s3://, else none"
+    )
+    cache_limit: PositiveInt | None = Field(None, description="bytes that the cache may hold; None is 16 GiB")
+    lanes: PositiveInt | None = Field(
+        None, description="streams that an epoch is read in, part of the order; None is 8. A multiple of the processes"
+        " that divides the batch lets each read shards of its own"
+    )  # fmt: skip
+    decoders: PositiveInt = Field(2, description="threads of a process that decode crops")
     max_skipped: PositiveInt = Field(10, description="steps in a row that may be skipped because they were not finite")
     bf16: bool = False
     channels_last: bool = False

@@ -13,8 +13,9 @@ a failed worker died of a signal or said 128 or more           that code, as 128
 workers failed with 1-127 only                                 1 (permanent: config, data or code)
 =============================================================  =====================================
 
-A worker killed by the kernel takes its peers down with ordinary errors, so one such code among several decides. How
-often a job is retried is bounded by its ``backoffLimit``.
+A worker killed by the kernel takes its peers down with ordinary errors, so one such code among several decides; but not
+SIGTERM among ordinary errors, which is how torchrun itself ends the peers of a worker that failed. How often a job is
+retried is bounded by its ``backoffLimit``.
 
 ``MIEN_METRICS_PORT`` serves the run's last figures to Prometheus there (:mod:`training.exporter`), read from the log in
 the folder of runs ``MIEN_RUNS`` (default ``runs``).
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -58,7 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def exit_code(codes: Iterable[int]) -> int:
     """One code for the failures of several workers; negative codes are signals, as in subprocess."""
     shell = [128 - code if code < 0 else code for code in codes]
-    return max((code for code in shell if code >= 128), default=1)
+    terminated = 128 + signal.SIGTERM
+    if terminated in shell and all(code == terminated for code in shell):
+        return terminated
+    return max((code for code in shell if code >= 128 and code != terminated), default=1)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -25,10 +24,11 @@ from mien import networks, recognisers, store
 from training import distributed
 from training.checkpoint import Checkpoints, snapshot
 from training.config import RunConfig
-from training.data import FaceShards, Order
+from training.data import CACHE_LIMIT, Batches, Faces, open_faces
 from training.distributed import World
 from training.draws import Draws
 from training.export import export, git_commit
+from training.order import LANES
 from training.samples import chain, from_uint8, grid
 from training.step import Trainer, draw_codes
 from training.tracking import (
@@ -105,9 +105,8 @@ def _train(
     place = storage.open_prefix(config.checkpoints or folder / "checkpoints", patience=config.patience)
     checkpoints = Checkpoints(place, keep=config.keep_checkpoints)
     world.on_first(lambda: _prepare(config, folder, place, allow_change))
-    shards = FaceShards(config.data.shards, "train", limit=config.data.limit)
-    validation = Validation(FaceShards(config.data.shards, "val", limit=256), config, world)
-    order = Order(len(shards), config.seed)
+    shards = _faces(config, "train", config.data.limit)
+    validation = Validation(_faces(config, "val", 256), config, world)
     trainer = Trainer(config, identities=shards.identities, device=device, world=world)
     logger.info(
         "%s: %d training crops of %d identities; T has %.2f M parameters; %d processes on %s, %s",
@@ -133,12 +132,12 @@ def _train(
     end = min(config.total_images, stop_at or config.total_images)
     meter = _Meter(nimg, config.total_images, quiet=not world.first)
     begun, score, interrupted = nimg, None, _Interrupt()
-    with ThreadPoolExecutor(2) as pool, interrupted:
+    coming = Batches(shards, seed=config.seed, nimg=nimg, size=config.batch, part=part, threads=config.decoders)
+    with coming as batches, interrupted:
         stopping = world.any(bool(interrupted))
         while nimg < end and not stopping:
             waited = time.perf_counter()
-            indices = order.take(nimg + part.start, nimg + part.stop)
-            batch = shards.decode(indices, pool)
+            indices, batch = next(batches)
             images = from_uint8(batch.images, device)
             if config.data.flip:
                 draws = Draws(config.seed, nimg + part.start, nimg + part.stop, step=nimg)
@@ -221,7 +220,7 @@ _COSINES = (("I", "A1"), ("I", "R"), ("I", "WR1"), ("A1", "WR1"), ("A1", "A2"), 
 class Validation:
     """Fixed faces of identities kept apart, under fixed codes; every process looks at its part of them."""
 
-    def __init__(self, shards: FaceShards, config: RunConfig, world: World) -> None:
+    def __init__(self, shards: Faces, config: RunConfig, world: World) -> None:
         self.world = world
         part = world.part(len(shards))
         self.images = (
@@ -321,19 +320,28 @@ def _plain(name: str) -> str:
     return name.replace("(", "_").replace(",", "_").replace(")", "")
 
 
-def _labelled(shards: FaceShards, world: World) -> Iterator[tuple[Tensor, Tensor]]:
+def _faces(config: RunConfig, split: str, limit: int | None) -> Faces:
+    return open_faces(
+        config.data.shards,
+        split,
+        limit=limit,
+        cache=Path(config.cache) if config.cache else None,
+        cache_limit=config.cache_limit or CACHE_LIMIT,
+        lanes=config.lanes or LANES,
+        patience=config.patience,
+    )
+
+
+def _labelled(shards: Faces, world: World) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's part of the labelled training samples."""
-    labelled = np.array([i for i, s in enumerate(shards.samples) if s.identity >= 0], dtype=np.int64)
-    part = world.part(len(labelled))
-    for start in range(part.start, part.stop, 64):
-        batch = shards.decode(labelled[start : min(start + 64, part.stop)])
+    for batch in shards.labelled(world.part):
         yield from_uint8(batch.images), torch.from_numpy(batch.identities)
 
 
 # What may differ between the run that wrote a checkpoint and the one that goes on from it.
 _MAY_CHANGE = {"runs", "device", "threads", "compile", "log_every", "sample_every", "checkpoint_every", "export",
                "keep_checkpoints", "checkpoints", "mlflow", "total_images", "strategy", "accumulate", "timeout",
-               "patience", "max_skipped"}  # fmt: skip
+               "patience", "max_skipped", "cache", "cache_limit", "decoders"}  # fmt: skip
 
 
 def _same_config(config: RunConfig, folder: Path, allow_change: frozenset[str]) -> None:
@@ -360,9 +368,7 @@ def _refuse_change(mine: dict[str, Any], theirs: dict[str, Any], where: str, all
     return sorted(differing)
 
 
-def _trackers(
-    config: RunConfig, folder: Path, known: dict[str, Any], shards: FaceShards, world: World
-) -> list[Tracker]:
+def _trackers(config: RunConfig, folder: Path, known: dict[str, Any], shards: Faces, world: World) -> list[Tracker]:
     trackers: list[Tracker] = [JsonLines(folder / "log.jsonl")]
     if config.mlflow:
         tags = {

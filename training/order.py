@@ -115,12 +115,12 @@ class Canonical:
         Raises:
             ValueError: fewer samples than ranks: somebody would have no batch, and the others would wait for him.
         """
-        positions = self._sorted(nimg, size, world)
+        positions = self._shared(nimg, size, world)
         return [self._slice(positions, rank, world) for rank in range(world)]
 
     def part(self, nimg: int, size: int, rank: int, world: int) -> Indices:
         """Rank's slice of :meth:`parts`."""
-        return self._slice(self._sorted(nimg, size, world), rank, world)
+        return self._slice(self._shared(nimg, size, world), rank, world)
 
     def spread(self, rank: int, world: int, batch: int) -> int:
         """Lanes that a rank reads in turn, at most: ``lanes / world`` where batches are multiples of the lanes."""
@@ -128,9 +128,13 @@ class Canonical:
             return self.lanes
         return len(np.unique(self.lane(self.part(0, batch, rank, world))))
 
-    def _sorted(self, nimg: int, size: int, world: int) -> Indices:
+    def _shared(self, nimg: int, size: int, world: int) -> Indices:
         if size < world:
             raise ValueError(f"a batch of {size} over {world} ranks leaves ranks without a sample; raise `batch`")
+        return self.sorted(nimg, size)
+
+    def sorted(self, nimg: int, size: int) -> Indices:
+        """The positions of a global batch by lane: what :meth:`parts` cuts into slices, int64 ``[size]``."""
         positions = np.arange(nimg, nimg + size, dtype=np.int64)
         return positions[np.argsort(self.lane(positions), kind="stable")]
 

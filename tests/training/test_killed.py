@@ -13,6 +13,7 @@ import pytest
 
 from tests.training.launch import Start, assert_equal, finish, launch, wait_for, weights, write
 from training.config import RunConfig
+from training.launch import exit_code
 
 
 def _kill_often(config: RunConfig, tmp_path: Path, start: Start, kills: int, seed: int) -> None:
@@ -71,3 +72,20 @@ def test_sigkill_at_twenty_moments_changes_nothing_of_where_a_run_ends(
     tiny: RunConfig, tmp_path: Path, background: Start
 ) -> None:
     _run(tiny, tmp_path, background, kills=20, images=400)
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        ([1], 1),
+        ([1, 2], 1),
+        ([-9], 137),
+        ([-9, 1], 137),  # the kernel took one, and with it the other
+        ([-15, -15], 143),
+        ([143, 143], 143),
+        ([1, -15], 1),  # torchrun ends the peers of a worker that failed
+        ([-11, -15], 139),
+    ],
+)
+def test_the_launcher_says_what_kubernetes_should_do(codes: list[int], expected: int) -> None:
+    assert exit_code(codes) == expected
