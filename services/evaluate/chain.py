@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,11 @@ class Chain:
         if known is not None and len(known) >= count:
             return known[:count]
         return self.embed(judge, kind, lambda: self(kind, count), count)
+
+    def embed_pictures(self, judge: Judge, pictures: Pixels, what: str) -> Floats:
+        """Unit embeddings of pictures that are there already: kept by what they show, so never those of older ones."""
+        content = hashlib.sha256(pictures.tobytes()).hexdigest()[:16]
+        return self.embed(judge, f"{what}-{content}".replace(" ", "-"), lambda: pictures, len(pictures))
 
     def embed(self, judge: Judge, name: str, pictures: Callable[[], Pixels], count: int) -> Floats:
         """Unit embeddings of ``count`` pictures, which are only made where neither memory nor the folder has them."""

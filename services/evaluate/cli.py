@@ -48,6 +48,7 @@ def evaluate(
     ] = None,
     baselines: Annotated[Path, typer.Option(help="What train-baselines wrote.")] = Path("runs/baselines"),
     ablations: Annotated[Path, typer.Option(help="What train-ablations wrote.")] = Path("runs/ablations"),
+    clips: Annotated[Path | None, typer.Option(help="Folder of videos, for the part video.")] = None,
     sweep_codes: Annotated[
         int | None, typer.Option(min=2, help="Codes the sweep tries a face; 65536 are all of 16 bits. [2048]")
     ] = None,
@@ -88,6 +89,7 @@ def evaluate(
             train_data=train_data,
             baselines=baselines,
             ablations=ablations,
+            clips=clips,
             sweep_codes=sweep_codes,
         ),
         console,
@@ -111,6 +113,14 @@ def evaluate(
         except ConnectionError as error:
             console.print(f"not in MLflow: {error}", style="yellow", markup=False, highlight=False)
     typer.echo(out / "report.html")
+
+
+@app.command(name="keys")
+def print_keys() -> None:
+    """What every key of report.json means, as docs/evaluation.md has it."""
+    from services.evaluate import keys
+
+    typer.echo(keys.markdown(), nl=False)
 
 
 @app.command()

@@ -67,6 +67,7 @@ class Context:
     train_data: str | None = None
     baselines: Path | None = None
     ablations: Path | None = None
+    clips: Path | None = None
     model_path: str = ""
     model: object | None = None
     memo: dict[str, Any] = field(default_factory=dict)  # what several parts need and one makes

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from PIL import Image
@@ -17,21 +17,49 @@ from mien.store import write_atomically
 from services.evaluate.distances import Pixels
 from services.evaluate.intervals import interval
 
+# Last words of keys whose values are distances or counts, of which all may be 0 or 1 without being yes and no.
+_NO_SHARES: Final = frozenset(
+    {
+        "lpips",
+        "dssim",
+        "l1",
+        "l2",
+        "psnr",
+        "levels",
+        "people",
+        "box",
+        "landmarks",
+        "evaluations",
+        "bits-wrong",
+        "cosine",
+    }
+)
+
 
 @dataclass
 class Result:
-    """See the module's docstring. ``series`` feeds plots, ``pictures`` the report, neither goes into report.json."""
+    """See the module's docstring. ``series`` feeds plots, ``pictures`` the report, neither goes into report.json.
+
+    ``sizes``: the sizes it was measured at, filled in by the run.
+    """
 
     figures: dict[str, float] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     series: dict[str, Any] = field(default_factory=dict)
     pictures: dict[str, str] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
 
-    def mean(self, key: str, values: Any, groups: Sequence[object] | None = None) -> None:
-        """The mean of ``values`` ``[M]`` with ``.low``, ``.high`` (95 % bootstrap, by group) and ``.n``."""
+    def mean(self, key: str, values: Any, groups: Sequence[object] | None = None, *, share: bool | None = None) -> None:
+        """The mean of ``values`` ``[M]`` with ``.low``, ``.high`` (95 % bootstrap, by group) and ``.n``.
+
+        ``share``: they are yes and no (see :func:`~services.evaluate.intervals.interval`); by default where the key
+        does not end in the name of a distance or a count.
+        """
+        if share is None:
+            share = key.rpartition(".")[2] not in _NO_SHARES
         array = np.asarray(values, dtype=np.float64)
         self.figures[key] = float(array.mean())
-        self.figures[f"{key}.low"], self.figures[f"{key}.high"] = interval(array, groups)
+        self.figures[f"{key}.low"], self.figures[f"{key}.high"] = interval(array, groups, share=share)
         self.figures[f"{key}.n"] = len(array)
 
     def number(self, key: str, value: float, n: int | None = None) -> None:

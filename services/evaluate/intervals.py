@@ -11,14 +11,14 @@ Floats = NDArray[np.float64]
 
 
 def interval(
-    values: Floats, groups: Sequence[object] | None = None, *, seed: int = 0, draws: int = 1000
+    values: Floats, groups: Sequence[object] | None = None, *, seed: int = 0, draws: int = 1000, share: bool = True
 ) -> tuple[float, float]:
     """95 % bootstrap interval of the mean of ``values`` float ``[M]``.
 
     Whole groups are drawn where they are given (several pictures of one person, pairs from one face): their values
     hang together, and drawing them one by one would make the interval too narrow. Where all values are the same 0 or 1
     a bootstrap sees no spread at all; the interval is then the exact binomial one (Clopper and Pearson 1934) over
-    groups.
+    groups, unless ``share`` is False: for counts and distances 0 and 1 are values like others.
 
     Raises:
         ValueError: no value, or as many groups as values were not given.
@@ -34,7 +34,7 @@ def interval(
         sums = np.bincount(index, weights=values)
         counts = np.bincount(index).astype(np.float64)
     n = len(sums)
-    if np.all(values == values[0]) and values[0] in (0.0, 1.0):
+    if share and np.all(values == values[0]) and values[0] in (0.0, 1.0):
         bound = 1 - 0.025 ** (1 / n)
         return (0.0, bound) if values[0] == 0 else (1 - bound, 1.0)
     rng = np.random.default_rng(seed)

@@ -52,7 +52,7 @@ class Judge:
 
         chunks = [pixels[i : i + _CHUNK] for i in range(0, len(pixels), _CHUNK)]
         # dlib's network runs on one core and keeps Python's lock; torch brings its own threads.
-        spread = self.name == "dlib" and len(chunks) >= _WORTH_PROCESSES and (os.cpu_count() or 1) > 1
+        spread = self.recogniser.name == "dlib" and len(chunks) >= _WORTH_PROCESSES and (os.cpu_count() or 1) > 1
         found = _workers().map(_embed_dlib, chunks) if spread else map(self._embed, chunks)
         parts: list[Floats] = []
         for part in found:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from mien.store import write_atomically
-from services.evaluate import baselines, paper, plots
+from services.evaluate import baselines, keys, paper, plots
 from services.evaluate.figures import Result
 from services.evaluate.parts import ablations
 from services.gates import Verdict
@@ -83,12 +83,13 @@ ATTACKS: Final = {
 
 @dataclass(frozen=True)
 class Cell:
-    """Text, an interval below it, how much of a bar behind it, and whether it is as wanted."""
+    """Text, an interval below it, how much of a bar behind it, whether it is as wanted, and the paper's figure."""
 
     text: str
     detail: str = ""
     bar: float | None = None
     tone: Tone = ""
+    paper: str = ""
 
 
 @dataclass
@@ -104,6 +105,16 @@ class Table:
         self.rows.append([c if isinstance(c, Cell) else Cell(c) for c in cells])
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A grid as base64 PNG, and what its columns and rows are."""
+
+    png: str
+    caption: str
+    columns: Sequence[str] = ()
+    rows: Sequence[str] = ()
+
+
 @dataclass
 class Section:
     """A heading, what it says in a sentence or two, and what shows it."""
@@ -114,7 +125,7 @@ class Section:
     text: list[str] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
     plots: list[tuple[str, str]] = field(default_factory=list)  # SVG, caption
-    pictures: list[tuple[str, str]] = field(default_factory=list)  # base64 PNG, caption
+    pictures: list[Picture] = field(default_factory=list)
     missing: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -149,18 +160,24 @@ def percent(flat: Flat, key: str, want: Literal["low", "high", ""] = "", limit: 
     return Cell(f"{100 * value:.1f} %", _interval(flat, key, 100, 1), value, tone)
 
 
-def number(flat: Flat, key: str, digits: int = 3, unit: str = "") -> Cell:
-    """A figure with its interval."""
+def number(flat: Flat, key: str, digits: int = 3, unit: str = "", asked: float | None = None) -> Cell:
+    """A figure with its interval, and the paper's (``asked``)."""
+    theirs = _of_paper(asked)
     if key not in flat:
-        return Cell(NOTHING, flat.get(f"skipped.{key}", ""))
-    return Cell(f"{float(flat[key]):.{digits}f}{unit}", _interval(flat, key, 1, digits))
+        return Cell(NOTHING, flat.get(f"skipped.{key}", ""), paper=theirs)
+    return Cell(f"{_text(float(flat[key]), digits)}{unit}", _interval(flat, key, 1, digits), paper=theirs)
 
 
 def _interval(flat: Flat, key: str, factor: float, digits: int) -> str:
     if f"{key}.low" not in flat:
         return ""
-    low, high = (f"{factor * float(flat[f'{key}.{end}']):.{digits}f}" for end in ("low", "high"))
+    low, high = (_text(factor * float(flat[f"{key}.{end}"]), digits) for end in ("low", "high"))
     return f"{low} to {high}, n = {flat[f'{key}.n']}"
+
+
+def _text(value: float, digits: int) -> str:
+    """Fixed digits; what would read as zero and is none, as a power of ten."""
+    return f"{value:.{digits}f}" if value == 0 or abs(value) >= 0.5 * 10.0**-digits else f"{value:.0e}"
 
 
 def _of_paper(value: float | None, factor: float = 1, unit: str = "") -> str:
@@ -235,6 +252,7 @@ def sections(flat: Flat, results: Mapping[str, Result]) -> list[Section]:
         _detection(flat),
         _background(flat),
         _ablations(flat),
+        _video(flat),
         _attacks(flat, series, pictures),
         _runtime(flat, series),
     ]
@@ -242,7 +260,7 @@ def sections(flat: Flat, results: Mapping[str, Result]) -> list[Section]:
     prefixes = {
         "same-person": ("verification", "lfw-pairs"), "gallery": ("reidentification",),
         "recovery": ("recovery", "baselines"), "realism": ("realism",), "diversity": ("diversity",),
-        "detection": ("detection",), "background": ("background",), "ablations": ("ablations",),
+        "detection": ("detection",), "background": ("background",), "ablations": ("ablations",), "video": ("video",),
         "attacks": ("attack",), "runtime": ("runtime",),
     }  # fmt: skip
     for section in made:
@@ -259,8 +277,9 @@ def _pictures(pictures: Mapping[str, str], series: Mapping[str, Any]) -> Section
             "I": "input", "A": "anonymized", "A2": "under another password", "R": "recovered", "WR": "wrong password",
             "WR2": "another wrong one", "WR-1bit": "wrong by one bit",
         }  # fmt: skip
-        columns = ", ".join(names[k] for k in series.get("grid", []))
-        section.pictures.append((pictures["faces"], f"From left to right: {columns}. A seeded sample, not chosen."))
+        columns = [names[k] for k in series.get("grid", [])]
+        caption = f"From left to right: {', '.join(columns)}. A seeded sample, not chosen."
+        section.pictures.append(Picture(pictures["faces"], caption, columns))
     section.text.append("These are people of the data set: this page is for you, not for publication.")
     return section
 
@@ -369,24 +388,31 @@ def _recovery(flat: Flat, pictures: Mapping[str, str], series: Mapping[str, Any]
     )
     metrics = [m for m in ("lpips", "dssim", "l1", "l2") if f"recovery.{m}" in flat]
     judge = flat["judges.headline"]
-    table = Table(["method", *(m.upper() for m in metrics), "PSNR", "A passes", "R passes", "the paper, LFW"])
+    table = Table(["method", *(m.upper() for m in metrics), "PSNR", "A passes", "R passes"])
     table.add(
-        "this model",
-        *(number(flat, f"recovery.{m}", 4) for m in metrics),
+        Cell("this model", f"n = {flat.get('recovery.l1.n', 0)}"),
+        *(number(flat, f"recovery.{m}", 4, asked=paper.RECOVERY[m]) for m in metrics),
         number(flat, "recovery.psnr", 1, " dB"),
         percent(flat, f"verification.{judge}.I-A.same", "low"),
         percent(flat, f"verification.{judge}.I-R.same", "high"),
-        " / ".join(f"{paper.RECOVERY[m]:g}" for m in metrics),
     )
     for name in baselines.NAMES:
         if f"baselines.{name}.l1" in flat:
-            cells = [number(flat, f"baselines.{name}.{m}", 3) for m in metrics]
+            cells = [number(flat, f"baselines.{name}.{m}", 3, asked=paper.BASELINES[name][m]) for m in metrics]
             psnr = number(flat, f"baselines.{name}.psnr", 1, " dB")
             passes = [percent(flat, f"baselines.{name}.{pair}.same") for pair in ("I-A", "I-R")]
         else:
-            cells, psnr, passes = [Cell(NOTHING) for _ in metrics], Cell(NOTHING), [Cell(NOTHING), Cell(NOTHING)]
-        theirs = " / ".join(f"{paper.BASELINES[name][m]:g}" for m in metrics)
-        table.add(_BASELINES[name], *cells, psnr, *passes, theirs)
+            cells = [Cell(NOTHING, paper=_of_paper(paper.BASELINES[name][m])) for m in metrics]
+            psnr, passes = Cell(NOTHING), [Cell(NOTHING), Cell(NOTHING)]
+        count = flat.get(f"baselines.{name}.l1.n")
+        table.add(Cell(_BASELINES[name], "" if count is None else f"n = {count}"), *cells, psnr, *passes)
+    # The count is in the row's name: the table would be too wide for a page.
+    table.rows = [
+        [name, *(replace(c, detail=c.detail.partition(", n = ")[0]) for c in cells)] for name, *cells in table.rows
+    ]
+    table.caption = (
+        f"Each figure with its 95 % interval, and the paper's on LFW. A and R pass as the person by {judge}."
+    )
     section.tables.append(table)
     if "baselines.order.spearman" in flat:
         rho = float(flat["baselines.order.spearman"])
@@ -397,8 +423,9 @@ def _recovery(flat: Flat, pictures: Mapping[str, str], series: Mapping[str, Any]
             f" {agrees} ({theirs}); rank correlation {rho:.2f}. {_why_order(ours, theirs)}"
         )
     if "baselines" in pictures:
-        shown = ", ".join(f"{_BASELINES[n]} hidden, recovered" for n in series["baselines.shown"])
-        section.pictures.append((pictures["baselines"], f"Rows: input; {shown}."))
+        shown = [f"{_BASELINES[n]}, {what}" for n in series["baselines.shown"] for what in ("hidden", "recovered")]
+        caption = "The baselines, and what their deanonymizers make of them."
+        section.pictures.append(Picture(pictures["baselines"], caption, rows=["input", *shown]))
     return section
 
 
@@ -485,7 +512,7 @@ def _diversity(flat: Flat, series: Mapping[str, Any], pictures: Mapping[str, str
             "All 256 codes of one face." if len(series["codes.bits"]) == 8
             else f"One face under 64 codes: bits {', '.join(map(str, series['codes.bits']))} count up, the others stay."
         )  # fmt: skip
-        section.pictures.append((pictures["codes"], what))
+        section.pictures.append(Picture(pictures["codes"], what))
     return section
 
 
@@ -509,11 +536,11 @@ def _detection(flat: Flat) -> Section:
     table.add(
         "A, R and WR together",
         "",
-        number(flat, "detection.mtcnn.box", 2),
-        number(flat, "detection.mtcnn.landmarks", 2),
+        number(flat, "detection.mtcnn.box", 2, asked=paper.DETECTION["box"]),
+        number(flat, "detection.mtcnn.landmarks", 2, asked=paper.DETECTION["landmarks"]),
+        "",
         "",
     )
-    table.add("the paper, LFW", "", f"{paper.DETECTION['box']}", f"{paper.DETECTION['landmarks']}", "")
     table.caption = (
         "Mean absolute shift of a coordinate in pixels of a 128 px crop. Our crops show the face about half as large"
         " again as the paper's frames (32 against 22 px between the eyes): the same relative shift counts 1.45 times."
@@ -572,6 +599,19 @@ def _ablations(flat: Flat) -> Section:
     return section
 
 
+def _video(flat: Flat) -> Section:
+    section = Section("video", "Over time", "not in the paper: its videos are shown, not measured")
+    table = Table(["clips", "", "what it is"])
+    for key in flat:
+        base, _, end = key.rpartition(".")
+        line = keys.describe(key) if key.startswith("video.") else None
+        if line is not None and not (end in ("low", "high", "n") and base in flat):
+            table.add(key.removeprefix("video."), number(flat, key, 3), line.text)
+    if table.rows:
+        section.tables.append(table)
+    return section
+
+
 def _attacks(flat: Flat, series: Mapping[str, Any], pictures: Mapping[str, str]) -> Section:
     section = Section("attacks", "Attacks", "appendix B, and more")
     section.text.append(
@@ -620,9 +660,8 @@ def _attacks(flat: Flat, series: Mapping[str, Any], pictures: Mapping[str, str])
     if lost.rows:
         section.tables.append(lost)
     if "inverter" in pictures:
-        section.pictures.append(
-            (pictures["inverter"], "Rows: input, anonymized, what the trained inverter makes of it.")
-        )
+        rows = ("input", "anonymized", "inverted")
+        section.pictures.append(Picture(pictures["inverter"], "What the trained inverter makes of it.", rows=rows))
     return section
 
 

@@ -32,6 +32,7 @@ class Request:
     train_data: str | None = None
     baselines: Path | None = None
     ablations: Path | None = None
+    clips: Path | None = None
     sweep_codes: int | None = None
 
 
@@ -90,6 +91,7 @@ def prepare(request: Request, console: Console) -> Ready:
         train_data=request.train_data or (str(p) if (p := default("shards/faces")) else None),
         baselines=request.baselines or Path("runs/baselines"),
         ablations=request.ablations or Path("runs/ablations"),
+        clips=request.clips,
         model_path=request.model,
         model=model,
     )

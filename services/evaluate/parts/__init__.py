@@ -24,6 +24,7 @@ _PARTS: Final = {
     "runtime": "runtime:run",
     "baselines": "baselines:run",
     "ablations": "ablations:run",
+    "video": "video:run",
     "attack-denial": "attacks:denial",
     "attack-candidates": "attacks:candidates",
     "attack-known-plaintext": "attacks:known_plaintext",
@@ -32,6 +33,29 @@ _PARTS: Final = {
     "attack-code-predictor": "attacks:code_predictor",
     "attack-recovery-classifier": "attacks:recovery_classifier",
     "attack-sweep": "attacks:sweep",
+}
+
+# What each takes at its default size on two idle cores; progress shares out the time that is left by it.
+SECONDS: Final = {
+    "verification": 300,
+    "recovery": 60,
+    "detection": 60,
+    "lfw-pairs": 100,
+    "realism": 30,
+    "diversity": 60,
+    "background": 20,
+    "runtime": 15,
+    "baselines": 100,
+    "ablations": 5,
+    "video": 5,
+    "attack-denial": 5,
+    "attack-candidates": 60,
+    "attack-known-plaintext": 60,
+    "attack-hill-climbing": 60,
+    "attack-inverter": 100,
+    "attack-code-predictor": 30,
+    "attack-recovery-classifier": 40,
+    "attack-sweep": 300,
 }
 
 NAMES: Final = tuple(_PARTS)

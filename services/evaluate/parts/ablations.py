@@ -44,7 +44,7 @@ def run(context: Context) -> Result:
             context.sample.faces.images[:count],
             seed=context.seed,
             progress=context.progress,
-            cache=context.chain.cache / name if context.chain.cache else None,
+            cache=context.chain.cache / f"{name}-{model.digest[:12]}" if context.chain.cache else None,
         )
         for pair, (a, b) in verification.PAIRS.items():
             cosines = (chain.embeddings(judge, a) * chain.embeddings(judge, b)).sum(axis=1)

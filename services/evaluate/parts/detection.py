@@ -22,7 +22,8 @@ def run(context: Context) -> Result:
     found = {kind: _mtcnn(context, context.chain(kind, count), kind) for kind in ("I", *KINDS)}
     for kind, faces in found.items():
         result.mean(f"detection.mtcnn.{kind}.rate", [face is not None for face in faces], groups)
-    result.mean("detection.mtcnn.I.confidence", [face[2] for face in found["I"] if face is not None])
+    if any(found["I"]):
+        result.mean("detection.mtcnn.I.confidence", [face[2] for face in found["I"] if face is not None])
     boxes: list[float] = []
     points: list[float] = []
     for kind in KINDS:

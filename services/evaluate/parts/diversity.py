@@ -53,12 +53,12 @@ def _passwords(context: Context, result: Result) -> None:
         if judge.trainer:
             continue
         threshold = verification.thresholds(context, judge)[0]
-        e = context.chain.embed(judge, f"{count}x{each} passwords", lambda: made, len(made)).reshape(count, each, -1)
+        e = context.chain.embed_pictures(judge, made, "passwords").reshape(count, each, -1)
         tables = e @ e.transpose(0, 2, 1)
         pairs = tables[:, rows, columns]
         result.mean(f"diversity.{judge.name}.same", (pairs >= threshold).ravel(), owners)
         result.mean(f"diversity.{judge.name}.cosine", pairs.ravel(), owners)
-        result.mean(f"diversity.{judge.name}.people", [people(table, threshold) for table in tables])
+        result.mean(f"diversity.{judge.name}.people", [people(table, threshold) for table in tables], share=False)
 
 
 def _bits(context: Context, result: Result) -> None:
@@ -75,7 +75,7 @@ def _bits(context: Context, result: Result) -> None:
     result.series["diversity.bits.l1"] = change.reshape(count, bits).mean(axis=0).round(5).tolist()
     judge = context.headline
     threshold = verification.thresholds(context, judge)[0]
-    flipped = context.chain.embed(judge, f"{count} one bit", lambda: made, len(made))
+    flipped = context.chain.embed_pictures(judge, made, "one bit")
     cosines = (flipped * np.repeat(context.chain.embeddings(judge, "A")[:count], bits, axis=0)).sum(axis=1)
     result.mean(f"diversity.one-bit.{judge.name}.same", cosines >= threshold, owners)
     result.mean(f"diversity.one-bit.{judge.name}.cosine", cosines, owners)

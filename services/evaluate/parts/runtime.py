@@ -34,7 +34,10 @@ def run(context: Context) -> Result:
         seconds = _median(lambda: paper(images, conditions), 2)
     result.number("runtime.paper-architecture.batch12.seconds", seconds, 2)
     result.number("runtime.threads", torch.get_num_threads())
-    result.series["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    threads = torch.get_num_threads()
+    result.series["machine"] = (
+        f"{platform.machine()}, {threads} thread{'s' if threads > 1 else ''}, torch {torch.__version__}"
+    )
     return result
 
 
