@@ -115,12 +115,15 @@ def evaluate(
     typer.echo(out / "report.html")
 
 
-@app.command(name="keys")
-def print_keys() -> None:
-    """What every key of report.json means, as docs/evaluation.md has it."""
-    from services.evaluate import keys
+@app.command()
+def document(
+    page: Annotated[Path, typer.Argument(help="The page with the places for them.")] = Path("docs/evaluation.md"),
+) -> None:
+    """Write the tables of parts and keys into the docs; after a part or a key was added."""
+    from services.evaluate import documentation
 
-    typer.echo(keys.markdown(), nl=False)
+    page.write_text(documentation.refreshed(page.read_text()))
+    typer.echo(page)
 
 
 @app.command()

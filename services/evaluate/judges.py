@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -68,12 +70,22 @@ class Judge:
 
 @cache
 def _workers() -> ProcessPoolExecutor:
-    # Spawned, not forked: this process has threads. They end with it.
-    return ProcessPoolExecutor(os.cpu_count() or 1, mp_context=get_context("spawn"), initializer=_one_thread)
+    # Spawned, not forked: this process has threads.
+    return ProcessPoolExecutor(
+        os.cpu_count() or 1, mp_context=get_context("spawn"), initializer=_begin, initargs=(os.getpid(),)
+    )
 
 
-def _one_thread() -> None:
+def _begin(parent: int) -> None:
+    """One thread, and the end when the parent ends: a worker that waits for work sees nothing of a parent's death."""
     torch.set_num_threads(1)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @cache

@@ -41,13 +41,13 @@ class Projection(Recogniser):
         return aligned.flatten(1) @ self.matrix
 
 
-def two_photos_each() -> Faces:
+def two_photos_each(people: int = PEOPLE) -> Faces:
     """Two slightly different photos of each of many people."""
     rng = np.random.default_rng(0)
-    first = rng.integers(0, 256, size=(PEOPLE, SIZE, SIZE, 3), dtype=np.uint8)
+    first = rng.integers(0, 256, size=(people, SIZE, SIZE, 3), dtype=np.uint8)
     second = np.clip(first.astype(int) + rng.integers(-20, 21, size=first.shape), 0, 255).astype(np.uint8)
-    people = list(range(PEOPLE))
-    return Faces(np.concatenate([first, second]), [*people, *people], [f"photo {i}" for i in range(2 * PEOPLE)])
+    names = list(range(people))
+    return Faces(np.concatenate([first, second]), [*names, *names], [f"photo {i}" for i in range(2 * people)])
 
 
 def _mask(code: NDArray[np.bool_]) -> NDArray[np.uint8]:

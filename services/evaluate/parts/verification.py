@@ -24,6 +24,9 @@ PAIRS: Final = {
     "WR1-WR2": ("WR", "WR2"),
 }
 
+# Between the figures that gates look at: fewer faces say enough.
+_FEWER: Final = ("I-WR-2bit", "I-WR-4bit")
+
 # Equal error and galleries need a few people with a second photo to mean anything.
 _FEWEST_MATES: Final = 20
 
@@ -71,8 +74,9 @@ def _judge(context: Context, judge: Judge, result: Result) -> None:
         result.mean(f"{key}.{name}.cosine", cosines, of)
 
     for name, (a, b) in PAIRS.items():
-        cosines = (chain.embeddings(judge, a) * chain.embeddings(judge, b)).sum(axis=1)
-        pair(name, cosines, groups)
+        count = min(context.sizes.near, len(groups)) if name in _FEWER else len(groups)
+        cosines = (chain.embeddings(judge, a, count) * chain.embeddings(judge, b, count)).sum(axis=1)
+        pair(name, cosines, groups[:count])
         if name in ("I-A", "I-R", "I-WR"):
             result.series[f"cosines.{judge.name}.{name}"] = np.round(cosines, 4).tolist()
     _files(context, judge, threshold, result)
