@@ -179,3 +179,47 @@ def test_a_sample_has_one_photo_a_person_and_never_their_other_one() -> None:
     assert not set(shown) & {i for i in sample.rest.identities if i is not None}
     everything = draw(faces, 1000, seed=1)
     assert len(everything.faces) + len(everything.mates) == len(faces) and len(everything.rest) == 0
+
+
+def test_thresholds_and_rates_agree_with_sklearns_roc_curve() -> None:
+    metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed")
+    rng = np.random.default_rng(7)
+    genuine, impostor = rng.normal(0.6, 0.15, size=700), rng.normal(0.05, 0.12, size=30_000)
+    fpr, tpr, _ = metrics.roc_curve(np.repeat([1, 0], [700, 30_000]), np.concatenate([genuine, impostor]))
+    threshold = intervals.threshold_at(1e-3, impostor)
+    assert (genuine >= threshold).mean() == pytest.approx(np.interp(1e-3, fpr, tpr), abs=0.005)
+    crossing = np.argmin(np.abs(fpr - (1 - tpr)))
+    _, error = intervals.equal_error(genuine, impostor)
+    assert error == pytest.approx((fpr[crossing] + 1 - tpr[crossing]) / 2, abs=0.001)
+    assert intervals.area_under_curve(genuine, impostor) == pytest.approx(metrics.auc(fpr, tpr), abs=1e-6)
+
+
+def test_lfws_protocol_agrees_with_trying_every_threshold() -> None:
+    from services.evaluate.parts.pairs import cross_validated
+
+    rng = np.random.default_rng(8)
+    same = rng.random(60) < 0.5
+    cosines, folds = rng.normal(0.4 * same, 0.3), np.repeat([0, 1, 2], 20)
+    expected = np.zeros(60)
+    for fold in range(3):
+        others = [i for i in range(60) if folds[i] != fold]
+        tried = [min(cosines[others]) - 1, *sorted(cosines[others])]
+        best = max(sum((cosines[i] > t) == same[i] for i in others) for t in tried)
+        lowest = next(t for t in tried if sum((cosines[i] > t) == same[i] for i in others) == best)
+        above = min((cosines[i] for i in others if cosines[i] > lowest), default=lowest)
+        for i in range(60):
+            if folds[i] == fold:  # between two values of the others any threshold is as good; ours is in the middle
+                expected[i] = (cosines[i] >= (lowest + above) / 2) == same[i]
+    assert cross_validated(cosines, same, folds).tolist() == expected.tolist()
+
+
+def test_lfws_list_of_pairs_is_read_as_it_is_meant(shared: Path) -> None:
+    from services.evaluate.parts.pairs import read_pairs
+
+    pairs = read_pairs(shared / "data" / "lfw-pairs-folds1-5.txt")
+    assert len(pairs) == 5 * 600 and {fold for fold, *_ in pairs} == {0, 1, 2, 3, 4}
+    for fold in range(5):
+        assert [is_same for f, is_same, _, _ in pairs if f == fold] == [True] * 300 + [False] * 300
+    assert pairs[0][2:] == ("Abel_Pacheco_0001.jpg", "Abel_Pacheco_0004.jpg"), "the first line of LFW's pairs.txt"
+    for _, is_same, a, b in pairs:
+        assert is_same == (a[:-9] == b[:-9]) and a != b
