@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
+from mien.recognisers import Recogniser
 from services import gates
+from services.evaluate import judges
 from services.evaluate.distances import Pixels
 from services.evaluate.faces import Faces
 from services.evaluate.parts import background, diversity, recovery, verification
@@ -80,3 +85,17 @@ def test_a_model_that_ignores_the_password_fails_diversity_and_wrong_recovery(fa
     assert failing(figures) == {
         "verification.dlib.A1-A2.same", "verification.dlib.I-WR.same", "verification.dlib.I-WR-1bit.same"
     }  # fmt: skip
+
+
+def test_a_new_judge_is_the_small_class_that_the_docs_show(monkeypatch: pytest.MonkeyPatch, faces: Faces) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    code = text.partition("```python\nclass MyNetwork")[2].partition("```")[0]
+    network = torch.nn.Sequential(torch.nn.AvgPool2d(8), torch.nn.Flatten(), torch.nn.Linear(3 * 14 * 14, 512))
+    names = {"Recogniser": Recogniser, "Tensor": torch.Tensor, "given": network}
+    names["TO_MINE"] = np.array([[0.875, 0, 0], [0, 0.875, 0]])
+    exec("class MyNetwork" + code.replace("self.network = ...", "self.network = given"), names)
+    monkeypatch.setitem(judges.JUDGES, "mine", lambda weights: names["MyNetwork"]().eval())
+    loaded, missing = judges.load(["mine"], None)
+    embeddings = loaded["mine"].embed(np.repeat(faces.images[:4].repeat(4, 1), 4, 2))
+    assert embeddings.shape == (4, 512) and not missing
+    assert np.linalg.norm(embeddings, axis=1) == pytest.approx(np.ones(4))
