@@ -48,8 +48,9 @@ def run(context: Context, names: Sequence[str], out: Path, mark: str) -> dict[st
             # By the shares that parts have of a default run, at the pace of those that are done.
             pace = took / expected if expected else 1.0
             left = pace * sum(parts.SECONDS[n] for n in names[number - 1 :])
+            known = expected > 0 or context.sizes == Sizes()
             start = time.perf_counter()
-            with context.progress.part(name, number, len(names), left if expected else None), _watched(context) as used:
+            with context.progress.part(name, number, len(names), left if known else None), _watched(context) as used:
                 kept = parts.load(name)(context)
             kept.sizes = {field: getattr(context.sizes, field) for field in sorted(used)}
             kept.write(path, own)
