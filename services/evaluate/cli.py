@@ -24,7 +24,7 @@ _HEADLINES = ("I-A", "I-R", "I-WR", "I-WR-1bit", "A-WR", "A1-A2", "WR1-WR2", "I-
 def evaluate(
     command: typer.Context,
     model: Annotated[str, typer.Option(help="Model folder.")] = "models/mien-128",
-    data: Annotated[str, typer.Option("--data", "--shards", help="Folder of shards with its manifest.")] = "shards/lfw",
+    data: Annotated[str, typer.Option("--data", "--shards", help="Folder or s3:// prefix of shards.")] = "shards/lfw",
     out: Annotated[Path, typer.Option(help="Folder of the report; what is there is gone on with.")] = Path("report"),
     split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
     judges: Annotated[str, typer.Option(help="Comma-separated; the first that is no trainer is the headline.")] = (

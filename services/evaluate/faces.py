@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import tarfile
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+import storage
 from mien import manifest
 from services.evaluate.distances import Pixels
 
@@ -50,20 +52,42 @@ class Sample:
     rest: Faces
 
 
+def read_manifest(prefix: str | Path) -> tuple[manifest.Manifest, str]:
+    """The manifest of a folder or an ``s3://`` prefix, and its digest.
+
+    Raises:
+        mien.manifest.ShardError: there is none, or it is malformed.
+        storage.StorageError: the store cannot be reached or refuses.
+    """
+    if not storage.is_s3(prefix):
+        return manifest.read(prefix), manifest.digest(prefix)
+    try:
+        data = storage.open_prefix(prefix).read(manifest.MANIFEST)
+        return manifest.Manifest.model_validate_json(data), hashlib.sha256(data).hexdigest()
+    except storage.NotFound as error:
+        raise manifest.ShardError(f"no {manifest.MANIFEST} at {prefix}; ingest writes it last") from error
+    except ValueError as error:
+        raise manifest.ShardError(f"{prefix} has no shard manifest this version knows: {error}") from error
+
+
 def read_shards(prefix: str | Path, split: manifest.Split, limit: int | None = None) -> Faces:
     """Crops of a split in the order of their keys; ``limit`` stops after so many (for training material).
 
     Raises:
         mien.manifest.ShardError: there is no manifest at ``prefix``, or it is not one.
+        storage.StorageError: a shard is missing, is not the one the manifest lists, or the store does not answer.
         ValueError: the split is empty.
     """
+    place = storage.open_prefix(prefix)
     images: list[Pixels] = []
     identities: list[int | None] = []
     sources: list[str] = []
-    for shard in manifest.read(prefix).of(split):
+    for shard in read_manifest(prefix)[0].of(split):
+        if limit is not None and len(images) >= limit:
+            break
         pending: dict[str, bytes] = {}
         labels: dict[str, dict[str, object]] = {}
-        with tarfile.open(Path(prefix, shard.name)) as tar:
+        with tarfile.open(fileobj=io.BytesIO(place.read(shard.name, sha256=shard.sha256))) as tar:
             for member in tar:
                 file = tar.extractfile(member)
                 key, _, extension = member.name.partition(".")

@@ -64,7 +64,7 @@ def prepare(request: Request, console: Console) -> Ready:
     found, missing = judges.load(request.judges, weights)
     for name, why in missing.items():
         console.print(f"without {name}: {why}", style="yellow", markup=False, highlight=False)
-    data_digest = manifest.digest(request.data)
+    data_digest = faces.read_manifest(request.data)[1]
     progress = Progress(console)
     subject = Subject(
         transform=model.transform,
