@@ -1,4 +1,4 @@
-"""Every key of report.json in words: the table of docs/evaluation.md is made of this, and tests hold both to it.
+"""Every key of report.json in words: the table of docs/evaluation.md is made of this; tests hold both to it.
 
 ``<judge>`` and the like stand for what :data:`WORDS` says. A key marked with an interval is followed by ``KEY.low`` and
 ``KEY.high`` (95 %) and ``KEY.n`` (how many values); a key with a count has ``KEY.n`` alone.
@@ -15,6 +15,7 @@ from typing import Any, Final
 from services.evaluate import baselines, judges
 from services.evaluate.files import LOSSY
 from services.evaluate.parts import ablations, verification
+from services.evaluate.parts.attacks_known import KNOWN_PAIRS
 
 WORDS: Final[dict[str, tuple[str, ...]]] = {
     "judge": tuple(judges.JUDGES),
@@ -28,6 +29,7 @@ WORDS: Final[dict[str, tuple[str, ...]]] = {
     "side": ("real", "anonymized", "recovered", "wrongly-recovered"),
     "score": ("best-looking", "best-detected", "smoothest", "round-trip", "grid"),
     "file": ("png", *LOSSY),
+    "pairs": tuple(str(n) for n in KNOWN_PAIRS),
 }
 
 
@@ -143,12 +145,36 @@ KEYS: Final[dict[str, tuple[Key, ...]]] = {
         Key("attack.<score>.success", "the right one of the candidates scores best", "interval"),
         Key("attack.<score>.chance", "1 / candidates"),
         Key("attack.<score>.auc", "chance that the right one scores above a wrong one; 0.5 is guessing", "interval"),
-        Key("attack.known-plaintext.success", "the exact code is found", "interval"),
-        Key("attack.known-plaintext.chance", "by as many guesses"),
-        Key("attack.known-plaintext.evaluations", "codes tried", "interval"),
-        Key("attack.known-plaintext.bits-wrong", "bits of the found code that are wrong", "interval"),
-        Key("attack.known-plaintext.other-picture.same", "another picture opened with it gives the person", "interval"),
-        Key("attack.known-plaintext.other-picture.chance", "as often does a uniformly wrong code"),
+        Key("attack.<score>.several.success", "it does by the mean rank over eight pictures of one password", "n"),
+        Key("attack.<score>.several.chance", "1 / candidates"),
+        Key("attack.known-plaintext.success", "of the codes tried the right one alone turns I into A", "interval"),
+        Key("attack.known-plaintext.chance", "1 / codes tried"),
+        Key("attack.known-plaintext.codes-tried", "codes tried, the right one among them"),
+        Key("attack.known-plaintext.hours-for-all-codes", "hours that trying all 2^bits takes at the speed measured"),
+        Key("attack.known-plaintext.climb.success", "the exact code is found by flipping bits", "interval"),
+        Key("attack.known-plaintext.climb.chance", "by as many guesses"),
+        Key("attack.known-plaintext.climb.evaluations", "codes tried", "interval"),
+        Key("attack.known-plaintext.climb.bits-wrong", "bits of the found code that are wrong", "interval"),
+        Key("attack.known-plaintext.climb.other-picture.success", "another picture opened with it passes", "interval"),
+        Key("attack.known-plaintext.climb.other-picture.chance", "as often does a uniformly wrong code"),
+        Key(
+            "attack.known-pairs.<pairs>.success",
+            "opened by a rotation solved from so many pairs, it passes",
+            "interval",
+        ),
+        Key("attack.known-pairs.<pairs>.chance", "the anonymized face itself passes"),
+        Key("attack.known-pairs.<pairs>.psnr", "what is opened so, against I, dB", "interval"),
+        Key("attack.known-pairs.band", "coordinates of the largest band: from as many pairs on all is known"),
+        Key("attack.latent-search.success", "one pair and all codes in the latents give the code", "interval"),
+        Key("attack.latent-search.chance", "2^-bits"),
+        Key("attack.latent-search.seconds", "seconds a pair, all codes tried"),
+        Key("attack.invariants.success", "the nearest by what no rotation changes is the person's I2", "interval"),
+        Key("attack.invariants.chance", "1 / gallery"),
+        Key("attack.invariants.of-input", "the same of I instead of A", "interval"),
+        Key("attack.linking.success", "two photos of a person, one password: A passes as one person", "interval"),
+        Key("attack.linking.chance", "two people's A under one password do"),
+        Key("attack.linking.two-passwords", "two photos of a person, two passwords: A does", "interval"),
+        Key("attack.linking.unprotected", "the photos themselves do", "interval"),
         Key("attack.hill-climbing.success", "the exact code is found", "interval"),
         Key("attack.hill-climbing.chance", "by as many guesses"),
         Key("attack.hill-climbing.named", "the person is named", "interval"),

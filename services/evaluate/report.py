@@ -11,6 +11,7 @@ from mien.store import write_atomically
 from services.evaluate import baselines, keys, paper, plots
 from services.evaluate.figures import Result
 from services.evaluate.parts import ablations
+from services.evaluate.parts.attacks_known import KNOWN_PAIRS
 from services.gates import Verdict
 
 Flat = Mapping[str, Any]
@@ -70,9 +71,27 @@ ATTACKS: Final = {
     "grid": ("nearest to whole 8-bit steps", "model, A", "the right one comes first"),
     "hill-climbing": ("hill climbing over bits", "model, A, a gallery", "the exact code is found"),
     "hill-climbing.named": ("hill climbing, the person", "model, A, a gallery", "the match found is the person"),
-    "known-plaintext": ("known plaintext", "model, one original with its A", "the exact code is found"),
-    "known-plaintext.other-picture": (
-        "... used on another picture", "the same, and another picture of that password", "it passes as the person"
+    "known-plaintext": (
+        "known plaintext: codes tried",
+        "model, one original with its A",
+        "of the codes tried the right one alone turns I into A",
+    ),
+    "known-plaintext.climb": ("... hill climbing", "the same", "the exact code is found"),
+    "known-plaintext.climb.other-picture": (
+        "... the code it ends at", "the same, and another picture of that password", "it opens: passes as the person"
+    ),
+    "latent-search": ("... all codes in the latents", "the same, and the design", "the exact code is found"),
+    **{
+        f"known-pairs.{n}": (
+            f"rotation solved from {n} known pair{'s' if n > 1 else ''}",
+            "model and design, pairs of one password",
+            "another picture is opened: passes as the person; chance: A does",
+        )
+        for n in KNOWN_PAIRS
+    },
+    "invariants": ("what no rotation changes", "model and design, A, a gallery", "the nearest is the person"),
+    "linking": (
+        "linking two pictures", "two A of one password", "two photos of one person pass as one; chance: of two people"
     ),
     "inverter": ("trained inverter A to I", "model, other faces", "what it gives passes as the person; chance: A does"),
     "code-predictor": ("trained code predictor A to p", "model, other faces", "all bits right"),
@@ -561,7 +580,7 @@ def _background(flat: Flat) -> Section:
             table.add(words, number(flat, f"{key}.levels", 3), percent(flat, f"{key}.unchanged", "high"))
         section.tables.append(table)
     if "background.picture.unchanged" in flat:
-        table = Table(["whole pictures, PNG to PNG", ""])
+        table = Table(["whole pictures, PNG to PNG", "measured"])
         table.add("pixels bit for bit as before", percent(flat, "background.picture.unchanged"))
         table.add(
             "pixels changed outside every crop", percent(flat, "background.picture.changed-outside-crops", "low", 0.0)
@@ -601,7 +620,7 @@ def _ablations(flat: Flat) -> Section:
 
 def _video(flat: Flat) -> Section:
     section = Section("video", "Over time", "not in the paper: its videos are shown, not measured")
-    table = Table(["clips", "", "what it is"])
+    table = Table(["clips", "measured", "what it is"])
     for key in flat:
         base, _, end = key.rpartition(".")
         line = keys.describe(key) if key.startswith("video.") else None
@@ -622,8 +641,6 @@ def _attacks(flat: Flat, series: Mapping[str, Any], pictures: Mapping[str, str])
     for name, (words, has, means) in ATTACKS.items():
         key = f"attack.{name}"
         value = key if key in flat and f"{key}.success" not in flat else f"{key}.success"
-        if name == "known-plaintext.other-picture":
-            value = f"{key}.same"
         if value not in flat:
             continue
         chance = flat.get(f"{key}.chance", flat.get("attack.sweep.chance"))
@@ -642,12 +659,33 @@ def _attacks(flat: Flat, series: Mapping[str, Any], pictures: Mapping[str, str])
             f" of wrong codes that matched the gallery better than the right one, about {above:,.0f} of all"
             f" {total - 1:,.0f} would. `--sweep-codes {total:.0f}` tries them all."
         )
-    ranks = Table(["does the right one of the candidates come out on top?", "area under the curve (chance 0.5)"])
+    if "attack.known-plaintext.hours-for-all-codes" in flat:
+        hours = float(flat["attack.known-plaintext.hours-for-all-codes"])
+        section.text.append(
+            f"At the speed measured here, trying all {2.0 ** float(flat['model.bits']):,.0f} codes on one picture takes"
+            f" {hours:,.1f} hours; a code of 64 bits would take {hours * 2.0 ** (64 - float(flat['model.bits'])):.0e}."
+            " Codes are tried without deriving them from passwords, so the key derivation does not slow this down."
+        )
+    if "attack.known-pairs.band" in flat:
+        section.text.append(
+            f"This network turns at most {flat['attack.known-pairs.band']:.0f} coordinates among themselves: as many"
+            " pairs of original and anonymized picture under one password open every other picture of that password,"
+            " without its code and whatever its length. Never give out an original that was published anonymized."
+        )
+    ranks = Table(
+        ["does the right one of the candidates come out on top?", "area under the curve (chance 0.5)", "first by eight"]
+    )
     for name in ("best-looking", "best-detected", "smoothest", "round-trip", "grid"):
         if f"attack.{name}.auc" in flat:
-            ranks.add(ATTACKS[name][0], number(flat, f"attack.{name}.auc", 3))
+            several = percent(flat, f"attack.{name}.several.success")
+            ranks.add(ATTACKS[name][0], number(flat, f"attack.{name}.auc", 3), several)
     if "attack.recovery-classifier.auc" in flat:
-        ranks.add("classifier of R and WR", number(flat, "attack.recovery-classifier.auc", 3))
+        ranks.add("classifier of R and WR", number(flat, "attack.recovery-classifier.auc", 3), NOTHING)
+    if "attack.smoothest.several.chance" in flat:
+        ranks.caption = (
+            "First by eight: how often the right code comes first when what eight pictures of one password say is added"
+            f" up; chance {100 * float(flat['attack.smoothest.several.chance']):.1f} %."
+        )
     if ranks.rows:
         section.tables.append(ranks)
     if "round-trip" in series:
@@ -659,6 +697,10 @@ def _attacks(flat: Flat, series: Mapping[str, Any], pictures: Mapping[str, str])
             lost.add(name, percent(flat, f"attack.denial.{codec}.success", "low"))
     if lost.rows:
         section.tables.append(lost)
+    if "known-pairs" in pictures:
+        opened = [f"opened with {n} pair{'s' if n > 1 else ''}" for n in series["known-pairs.shown"]]
+        caption = "Pictures opened without their password, by who has pairs of others of that password."
+        section.pictures.append(Picture(pictures["known-pairs"], caption, rows=["input", "anonymized", *opened]))
     if "inverter" in pictures:
         rows = ("input", "anonymized", "inverted")
         section.pictures.append(Picture(pictures["inverter"], "What the trained inverter makes of it.", rows=rows))
@@ -668,7 +710,7 @@ def _attacks(flat: Flat, series: Mapping[str, Any], pictures: Mapping[str, str])
 def _runtime(flat: Flat, series: Mapping[str, Any]) -> Section:
     section = Section("runtime", "Runtime", "section 4")
     if "runtime.batch12.seconds" in flat:
-        table = Table(["", "this model", "the paper's architecture, same run", "the paper, Titan V"])
+        table = Table(["how fast", "this model", "the paper's architecture, same run", "the paper, Titan V"])
         table.add(
             "seconds a batch of 12",
             number(flat, "runtime.batch12.seconds", 3),

@@ -11,6 +11,7 @@ from typing import Final
 
 import numpy as np
 import torch
+from scipy.stats import rankdata
 
 from mien import passwords
 from mien.networks.blocks import head_mask
@@ -18,8 +19,8 @@ from services.evaluate import attackers, distances, files, intervals
 from services.evaluate.chain import Codes, save_array
 from services.evaluate.context import Context
 from services.evaluate.distances import Floats, Pixels
-from services.evaluate.faces import Faces, read_shards
-from services.evaluate.figures import Result, grid
+from services.evaluate.faces import Faces
+from services.evaluate.figures import Result
 from services.evaluate.files import LOSSY
 from services.evaluate.judges import Judge
 from services.evaluate.parts import verification
@@ -27,17 +28,17 @@ from services.evaluate.parts import verification
 _CHUNK: Final = 256  # codes tried at a time
 
 
-def _apply(context: Context, face: Pixels, codes: Codes) -> Pixels:
+def apply_codes(context: Context, face: Pixels, codes: Codes) -> Pixels:
     """One face ``[S, S, 3]`` under many codes, saved."""
     return files.save(context.subject.transform(np.repeat(face[None], len(codes), axis=0), codes))
 
 
-def _fast_judge(context: Context) -> Judge:
+def fast_judge(context: Context) -> Judge:
     """The attacker's recogniser: any will do, so the fastest that was in no loss."""
     return context.judges.get("mobilefacenet-ms1m", context.headline)
 
 
-def _other_codes(right: np.ndarray, count: int, rng: np.random.Generator) -> Codes:
+def other_codes(right: np.ndarray, count: int, rng: np.random.Generator) -> Codes:
     """``count`` different wrong codes; all of them where there are no more."""
     bits = len(right)
     if bits <= 20:
@@ -53,22 +54,27 @@ def _other_codes(right: np.ndarray, count: int, rng: np.random.Generator) -> Cod
 
 
 @dataclass(frozen=True)
-class _Gallery:
+class Gallery:
     embeddings: Floats
     owner: list[int]  # index of the face in the sample, -1 for strangers
 
 
-def _gallery(context: Context, judge: Judge) -> _Gallery:
+def strangers_of(context: Context) -> Faces:
+    """One photo of each of so many people outside the sample that the gallery has its size with the mates."""
     sample = context.sample
-    mates = verification.mates(context, judge)
-    wanted = max(0, context.sizes.gallery - len(mates))
     firsts: dict[object, int] = {}
     for i, identity in enumerate(sample.rest.identities):
         if identity is not None:
             firsts.setdefault(identity, i)
-    strangers = sample.rest.take(list(firsts.values())[:wanted])
+    return sample.rest.take(list(firsts.values())[: max(0, context.sizes.gallery - len(sample.mates))])
+
+
+def gallery_of(context: Context, judge: Judge) -> Gallery:
+    """Other photos of the people in the sample, among strangers."""
+    strangers = strangers_of(context)
+    mates = verification.mates(context, judge)
     others = context.chain.embed(judge, "distractors", lambda: strangers.images, len(strangers))
-    return _Gallery(np.concatenate([mates, others]), [*sample.mate_of, *[-1] * len(others)])
+    return Gallery(np.concatenate([mates, others]), [*context.sample.mate_of, *[-1] * len(others)])
 
 
 def sweep(context: Context) -> Result:
@@ -78,12 +84,12 @@ def sweep(context: Context) -> Result:
     whole 2^N would.
     """
     result = Result()
-    judge = _fast_judge(context)
+    judge = fast_judge(context)
     key, sample = "attack.sweep", context.sample
     if len(sample.mate_of) < 2:
         result.skip(key, "nobody in the sample has another photo, which the gallery would hold")
         return result
-    gallery = _gallery(context, judge)
+    gallery = gallery_of(context, judge)
     probes = sample.mate_of[: context.sizes.sweep_faces]
     total = 2**context.subject.bits
     tried = min(context.sizes.sweep_codes, total)
@@ -108,12 +114,12 @@ def sweep(context: Context) -> Result:
 
 
 def _sweep_one(
-    context: Context, judge: Judge, gallery: _Gallery, probe: int, tried: int, advance: attackers.Advance
+    context: Context, judge: Judge, gallery: Gallery, probe: int, tried: int, advance: attackers.Advance
 ) -> tuple[Floats, np.ndarray]:
     """Best similarity and whose, for the right code first and then the wrong ones; kept chunk by chunk."""
     rng = np.random.default_rng([context.seed, 6, probe])
     right = context.chain.codes["right"][probe]
-    codes = np.concatenate([right[None], _other_codes(right, tried - 1, rng)])
+    codes = np.concatenate([right[None], other_codes(right, tried - 1, rng)])
     face = context.chain("A")[probe]
     best, who = [], []
     for start in range(0, len(codes), _CHUNK):
@@ -122,7 +128,7 @@ def _sweep_one(
         if file is not None and file.exists():
             table = np.load(file, allow_pickle=False)
         else:
-            e = judge.embed(_apply(context, face, codes[start : start + _CHUNK]))
+            e = judge.embed(apply_codes(context, face, codes[start : start + _CHUNK]))
             cosines = e @ gallery.embeddings.T
             table = np.stack([cosines.max(axis=1), cosines.argmax(axis=1).astype(np.float64)])
             if file is not None:
@@ -142,6 +148,9 @@ def candidates(context: Context) -> Result:
     Looks: MTCNN's confidence; likelihood of AlexNet's features among real faces; smoothness. (The paper's appendix
     would use D, which training does not export.) Round trip: how far ``T_-p' T_p' A`` is from A, files between. Grid:
     the right one was an 8-bit picture once, so its unrounded values lie nearer to whole steps.
+
+    Several: whoever has several pictures of one password adds up what each says of a code. Codes are drawn for every
+    face by itself here, which says the same of chance: the right one in all of them against a wrong one in each.
     """
     result = Result()
     faces = min(context.sizes.candidates_faces, len(context.sample.faces))
@@ -152,9 +161,9 @@ def candidates(context: Context) -> Result:
         for i in range(faces):
             rng = np.random.default_rng([context.seed, 7, i])
             right = context.chain.codes["right"][i]
-            codes = np.concatenate([right[None], _other_codes(right, wrong, rng)])
+            codes = np.concatenate([right[None], other_codes(right, wrong, rng)])
             hidden = context.chain("A")[i]
-            made = _apply(context, hidden, codes)
+            made = apply_codes(context, hidden, codes)
             for name, value in _scores(context, hidden, made, codes, looks).items():
                 found.setdefault(name, []).append(value)
             advance(1)
@@ -165,6 +174,8 @@ def candidates(context: Context) -> Result:
         result.mean(f"attack.{name}.success", tops)
         result.number(f"attack.{name}.chance", 1 / (wrong + 1))
         result.mean(f"attack.{name}.auc", areas)
+        result.number(f"attack.{name}.several.success", _pooled(np.stack(rows), context.seed), len(rows))
+        result.number(f"attack.{name}.several.chance", 1 / (wrong + 1))
     for name in ("best-looking", "round-trip", "grid"):
         if f"attack.{name}.success" not in result.figures:
             why = "no lpips_alex.safetensors in --weights" if name == "best-looking" else "no unrounded output"
@@ -175,6 +186,16 @@ def candidates(context: Context) -> Result:
             " round trip to see, and its chance level says nothing about other architectures."
         )
     return result
+
+
+def _pooled(rows: Floats, seed: int, several: int = 8, draws: int = 200) -> float:
+    """How often the right one has the best mean rank over ``several`` faces; rows ``[M, K]``, right ones first."""
+    ranks = np.stack([rankdata(row) for row in rows])
+    rng = np.random.default_rng([seed, 12])
+    groups = [rng.choice(len(ranks), size=min(several, len(ranks)), replace=False) for _ in range(draws)]
+    means = np.stack([ranks[group].mean(axis=0) for group in groups])
+    best = means.max(axis=1, keepdims=True)
+    return float(((means[:, :1] >= best) / (means >= best).sum(axis=1, keepdims=True)).mean())
 
 
 def _looks(context: Context) -> tuple[object, Floats, Floats] | None:
@@ -217,7 +238,7 @@ def _scores(
 # Hill climbing, with and without a known original. ------------------------------------------------------------------
 
 
-def _climb(start: np.ndarray, score: object, steps: int) -> tuple[np.ndarray, float, int]:
+def climb_bits(start: np.ndarray, score: object, steps: int) -> tuple[np.ndarray, float, int]:
     """Flip the bit that helps most until none does: (code, its score, evaluations)."""
     code, evaluations = start.copy(), 1
     best = float(score(code[None])[0])  # type: ignore[operator]
@@ -239,8 +260,8 @@ def climb(context: Context) -> Result:
     if len(context.sample.mate_of) < 2:
         result.skip(key, "nobody in the sample has another photo, which the gallery would hold")
         return result
-    judge = _fast_judge(context)
-    gallery = _gallery(context, judge)
+    judge = fast_judge(context)
+    gallery = gallery_of(context, judge)
     bits = context.subject.bits
     exact, named, used = [], [], []
     probes = context.sample.mate_of[: context.sizes.climbs]
@@ -250,10 +271,10 @@ def climb(context: Context) -> Result:
             rng = np.random.default_rng([context.seed, 8, probe])
 
             def score(codes: Codes, hidden: Pixels = hidden) -> Floats:
-                return (judge.embed(_apply(context, hidden, codes)) @ gallery.embeddings.T).max(axis=1)
+                return (judge.embed(apply_codes(context, hidden, codes)) @ gallery.embeddings.T).max(axis=1)
 
-            code, _, evaluations = _climb(passwords.random_codes(1, bits, rng)[0], score, bits)
-            e = judge.embed(_apply(context, hidden, code[None]))[0]
+            code, _, evaluations = climb_bits(passwords.random_codes(1, bits, rng)[0], score, bits)
+            e = judge.embed(apply_codes(context, hidden, code[None]))[0]
             exact.append(float((code == context.chain.codes["right"][probe]).all()))
             named.append(float(gallery.owner[int(np.argmax(gallery.embeddings @ e))] == probe))
             used.append(evaluations)
@@ -266,179 +287,7 @@ def climb(context: Context) -> Result:
     return result
 
 
-def known_plaintext(context: Context) -> Result:
-    """With one original beside its anonymized picture: climb to the code, and recover another picture with it.
-
-    One password gives one code everywhere in a deployment, so one leaked original may open all pictures of a password.
-    """
-    result = Result()
-    key, bits, restarts = "attack.known-plaintext", context.subject.bits, 3
-    count = min(context.sizes.climbs, len(context.sample.faces) - 1)
-    judge = context.headline
-    threshold = verification.thresholds(context, judge)[0]
-    exact, used, others, nearest = [], [], [], []
-    with context.progress.stage("known plaintext", count) as advance:
-        for i in range(count):
-            original, hidden = context.sample.faces.images[i], context.chain("A")[i]
-            truth = context.chain.codes["first"][i]
-            rng = np.random.default_rng([context.seed, 9, i])
-
-            def score(codes: Codes, original: Pixels = original, hidden: Pixels = hidden) -> Floats:
-                made = _apply(context, original, codes)
-                return -distances.l1(made, np.repeat(hidden[None], len(made), axis=0))
-
-            best, code, spent = -np.inf, truth, 0
-            for start in passwords.random_codes(restarts, bits, rng):
-                found, value, evaluations = _climb(start, score, bits)
-                spent += evaluations
-                if value > best:
-                    best, code = value, found
-                if best > -1e-3:  # nothing but rounding is left
-                    break
-            exact.append(float((code == truth).all()))
-            nearest.append(float((code != truth).sum()))
-            used.append(spent)
-            victim = context.sample.faces.images[i + 1]
-            theirs = _apply(context, victim, truth[None])[0]
-            e = judge.embed(np.stack([victim, _apply(context, theirs, ~code[None])[0]]))
-            others.append(float(e[0] @ e[1] >= threshold))
-            advance(1)
-    result.mean(f"{key}.success", exact)
-    result.number(f"{key}.chance", min(1.0, float(np.mean(used)) / 2**bits))
-    result.mean(f"{key}.evaluations", used)
-    result.mean(f"{key}.bits-wrong", nearest)
-    result.mean(f"{key}.other-picture.same", others)
-    result.number(f"{key}.other-picture.chance", result_share(context, judge))
-    return result
-
-
-def result_share(context: Context, judge: Judge) -> float:
-    """How often a *uniformly* wrong code gives a face that passes as the person."""
-    threshold = verification.thresholds(context, judge)[0]
-    cosines = (context.chain.embeddings(judge, "I") * context.chain.embeddings(judge, "WR")).sum(axis=1)
-    return float((cosines >= threshold).mean())
-
-
-# What is trained. ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Material:
-    original: Pixels
-    hidden: Pixels
-    codes: Codes
-    where: str
-
-
-def _material(context: Context) -> _Material:
-    """Faces of nobody in the sample, anonymized by the model under random codes; made once."""
-    known = context.memo.get("attack material")
-    if isinstance(known, _Material):
-        return known
-    wanted = context.sizes.attack_train
-    if context.train_data is not None:
-        faces, where = read_shards(context.train_data, "train", wanted), context.train_data
-    else:
-        rest: Faces = context.sample.rest
-        faces, where = rest.take(range(min(wanted, len(rest)))), "faces of other people of the same data"
-    codes = passwords.random_codes(len(faces), context.subject.bits, np.random.default_rng([context.seed, 10]))
-    hidden = np.empty_like(faces.images)
-    with context.progress.stage("faces for attackers to learn from", len(faces)) as advance:
-        for start in range(0, len(faces), 32):
-            part = slice(start, start + 32)
-            hidden[part] = files.save(context.subject.transform(faces.images[part], codes[part]))
-            advance(len(hidden[part]))
-    material = _Material(faces.images, hidden, codes, where)
-    context.memo["attack material"] = material
-    return material
-
-
-def inverter(context: Context) -> Result:
-    """A network that learns A -> I without a code, with the trainer's recogniser as its guide where there is one."""
-    result = Result()
-    material = _material(context)
-    guide = next((j.recogniser for j in context.judges.values() if j.trainer), None)
-    images = context.sizes.attack_images
-    with context.progress.stage("training an inverter", images) as advance:
-        network = attackers.train_inverter(
-            material.hidden,
-            material.original,
-            images=images,
-            seed=context.seed,
-            advance=advance,
-            recogniser=None if guide is None else guide.frozen(),
-        )
-    count = min(context.sizes.attack_test, len(context.sample.faces))
-    original, hidden = context.chain("I", count), context.chain("A", count)
-    guessed = files.save(attackers.invert(network, hidden))
-    groups = context.groups[:count]
-    for name in ("lpips", "l1", "psnr"):
-        if name in context.distances:
-            result.mean(f"attack.inverter.{name}", context.distances[name](original, guessed), groups)
-            result.mean(f"attack.inverter.nothing-done.{name}", context.distances[name](original, hidden), groups)
-    for judge in context.judges.values():
-        if judge.trainer:
-            continue
-        threshold = verification.thresholds(context, judge)[0]
-        real = context.chain.embeddings(judge, "I")[:count]
-        e = context.chain.embed(judge, "inverted", lambda: guessed, count)
-        same = (e * real).sum(axis=1) >= threshold
-        before = (context.chain.embeddings(judge, "A")[:count] * real).sum(axis=1) >= threshold
-        key = "attack.inverter" if judge is context.headline else f"attack.inverter.{judge.name}"
-        result.mean(f"{key}.success", same, groups)
-        result.mean(f"{key}.chance", before, groups)
-    result.number("attack.inverter.images", images)
-    shown = min(6, count)
-    result.picture("inverter", grid([list(x[:shown]) for x in (original, hidden, guessed)]))
-    return result
-
-
-def code_predictor(context: Context) -> Result:
-    """A network that learns A -> p: bits read rightly (chance 1/2), whole codes (chance 2^-N)."""
-    result = Result()
-    material = _material(context)
-    images = context.sizes.attack_images
-    with context.progress.stage("training a code predictor", images) as advance:
-        network = attackers.train_classifier(
-            material.hidden, material.codes.astype(np.float64), images=images, seed=context.seed, advance=advance
-        )
-    guessed = attackers.scores(network, context.chain("A")) > 0
-    right = guessed == context.chain.codes["first"]
-    bits = context.subject.bits
-    result.mean("attack.code-predictor.bits", right.mean(axis=1), context.groups)
-    result.number("attack.code-predictor.bits.chance", 0.5)
-    result.mean("attack.code-predictor.success", right.all(axis=1), context.groups)
-    result.number("attack.code-predictor.chance", 2.0**-bits)
-    result.series["code-predictor.bits"] = right.mean(axis=0).round(3).tolist()
-    return result
-
-
-def recovery_classifier(context: Context) -> Result:
-    """A network that learns to tell rightly from wrongly recovered faces, both made of the attacker's own pictures."""
-    result = Result()
-    material = _material(context)
-    is_right = np.arange(len(material.original)) % 2 == 0
-    rng = np.random.default_rng([context.seed, 11])
-    right = ~material.codes
-    wrong = passwords.random_codes(len(right), context.subject.bits, rng)
-    codes = np.where(is_right[:, None], right, wrong)
-    made = np.empty_like(material.hidden)
-    with context.progress.stage("recovering, half of them wrongly", len(made)) as advance:
-        for start in range(0, len(made), 32):
-            part = slice(start, start + 32)
-            made[part] = files.save(context.subject.transform(material.hidden[part], codes[part]))
-            advance(len(made[part]))
-    labels = is_right.astype(np.float64)[:, None]
-    images = context.sizes.attack_images
-    with context.progress.stage("training a classifier of R and WR", images) as advance:
-        network = attackers.train_classifier(made, labels, images=images, seed=context.seed, advance=advance)
-    positive = attackers.scores(network, context.chain("R"))[:, 0]
-    negative = attackers.scores(network, context.chain("WR"))[:, 0]
-    correct = np.concatenate([positive > 0, negative <= 0])
-    result.mean("attack.recovery-classifier.success", correct, [*context.groups, *context.groups])
-    result.number("attack.recovery-classifier.chance", 0.5)
-    result.number("attack.recovery-classifier.auc", intervals.area_under_curve(positive, negative), 2 * len(positive))
-    return result
+# Denial. -----------------------------------------------------------------------------------------------------------
 
 
 def denial(context: Context) -> Result:

@@ -33,7 +33,7 @@ def run(context: Context) -> Result:
         for metric, distance in context.distances.items():
             result.mean(f"baselines.{name}.{metric}", distance(original, back), groups)
         for kind, pictures in (("I-A", hidden), ("I-R", back)):
-            e = context.chain.embed(judge, f"{name} {kind}", lambda p=pictures: p, count)  # type: ignore[misc]
+            e = context.chain.embed_pictures(judge, pictures, f"{name} {kind}")
             result.mean(f"baselines.{name}.{kind}.same", (e * real).sum(axis=1) >= threshold, groups)
             result.series[f"cosines.{name}.{kind}"] = np.round((e * real).sum(axis=1), 4).tolist()
         rows += [list(hidden[:6]), list(back[:6])]
