@@ -27,7 +27,7 @@ def main() -> int:
         help="go on although this section of the config differs from the run's (a curriculum)",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example optimizer.lr=2e-4")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     rank = os.environ.get("RANK", "0")
     logging.basicConfig(
         level=logging.INFO if rank == "0" else logging.WARNING,

@@ -186,6 +186,11 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConf
     Raises:
         ValueError: the file is unreadable or a key or value is not allowed; the message says which.
     """
+    return validate(read(path, overrides))
+
+
+def read(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What :func:`load` validates: the file's mapping with the overrides in it, variables as they stand there."""
     path = Path(path)
     try:
         text = path.read_text()
@@ -196,16 +201,28 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConf
     else:
         import yaml  # a GPU machine without a registry has no PyYAML; it is given JSON
 
-        raw = yaml.safe_load(text)
+        try:
+            raw = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds no mapping")
-    for override in overrides:
-        key, found, value = override.partition("=")
+    return override(raw, overrides)
+
+
+def override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A mapping with ``a.b.c=value`` put into it, in place; raises ValueError where one is not written so."""
+    for given in overrides:
+        key, found, value = given.partition("=")
         if not found:
-            raise ValueError(f"an override is written key=value, not {override!r}")
+            raise ValueError(f"an override is written key=value, not {given!r}")
         _assign(raw, key.split("."), _parse(value))
-    config = RunConfig.model_validate(_expand(raw))
-    return config
+    return raw
+
+
+def validate(raw: dict[str, Any]) -> RunConfig:
+    """A mapping as a config, ``${MIEN_SHARED}`` filled in; raises ValueError."""
+    return RunConfig.model_validate(_expand(raw))
 
 
 def _parse(value: str) -> Any:

@@ -10,7 +10,7 @@ import yaml
 
 from tests.k8s import checks
 from tests.k8s.conftest import K8S, ROOT, Render
-from training import config
+from training import config, submit
 
 KINDS = ("fixed", "elastic", "deepspeed", "trainjob", "ingest", "evaluate")
 OVERLAYS = [f"training/overlays/{overlay}/{kind}" for overlay in ("cpu", "gpu", "spot") for kind in KINDS]
@@ -132,6 +132,21 @@ def test_promotion_has_no_rights_and_who_is_on_duty_has_few(render: Render) -> N
     assert verbs == {"get", "list", "watch", "create"}
     assert resources == {"cronjobs", "jobs", "pods", "pods/log"}
     assert not any("secrets" in rule["resources"] or "*" in rule["resources"] for rule in role["rules"])
+
+
+def test_who_trains_may_do_what_submitting_needs_and_reads_no_secret(render: Render) -> None:
+    (role,) = [obj for obj in render("namespace") if obj["kind"] == "Role"]
+    (binding,) = [obj for obj in render("namespace") if obj["kind"] == "RoleBinding"]
+    assert [subject["kind"] for subject in binding["subjects"]] == ["Group"]
+    allowed = {(r, verb) for rule in role["rules"] for r in rule["resources"] for verb in rule["verbs"]}
+    resources = {resource for resource, _ in allowed}
+    assert not resources & {"*", "secrets", "pods/exec", "roles", "rolebindings"} and ("pods", "create") not in allowed
+    plurals = {plural for _, plural in submit._BESIDE.values()}
+    assert {
+        (plural, "patch") for plural in plurals
+    } <= allowed  # server-side apply is a PATCH, and makes what is not there
+    assert {(plural, "create") for plural in plurals} <= allowed
+    assert {("pytorchjobs", "create"), ("pytorchjobs", "get"), ("pods", "list"), ("pods/log", "get")} <= allowed
 
 
 def test_rolling_back_is_never_on_a_schedule(render: Render) -> None:
