@@ -1,4 +1,4 @@
-"""dlib's face recognition ResNet: a judge that comes with two packages and needs no download (CC0)."""
+"""dlib's face recognition ResNet: a judge whose weights come in a package and need no download (CC0)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from mien import geometry
 from mien.errors import ModelError
 from mien.recognisers.base import Recogniser
+from mien.recognisers.dlib_network import DlibNetwork
 
 # The midpoints of the eyes in dlib's 150 pixel chip of padding 0.25: (0.25 + p) / 1.5 * 150 of its template p.
 _EYES_150 = np.array([[47.73, 47.14], [100.28, 47.12]])
@@ -27,7 +28,7 @@ class DlibRecogniser(Recogniser):
         distance_threshold: distance below which two embeddings are of one person (0.6, its author's).
 
     Raises:
-        ModelError: dlib or the package with its weights is not installed.
+        ModelError: the package with its weights is not installed.
     """
 
     differentiable = False
@@ -37,21 +38,17 @@ class DlibRecogniser(Recogniser):
         super().__init__(name="dlib", embedding_size=128, threshold=None, matrix=_TO_150, size=(150, 150))
         # The package's own function for this path imports pkg_resources, which setuptools no longer has.
         package = importlib.util.find_spec("face_recognition_models")
-        if package is None or not package.submodule_search_locations or importlib.util.find_spec("dlib") is None:
-            raise ModelError("the dlib recogniser needs the packages dlib-bin and face-recognition-models")
-        import dlib
-
+        if package is None or not package.submodule_search_locations:
+            raise ModelError("the dlib recogniser needs the package face-recognition-models")
         file = Path(package.submodule_search_locations[0], "models", "dlib_face_recognition_resnet_model_v1.dat")
-        self._network = dlib.face_recognition_model_v1(str(file))
-        self._vector = dlib.vector
+        self.network = DlibNetwork(file)
         self.eval()
 
     @torch.no_grad()
     def embed(self, aligned: Tensor) -> Tensor:
-        pixels = ((aligned.float() + 1) * 127.5).round().clamp(0, 255).to("cpu", torch.uint8)
-        chips = [np.ascontiguousarray(chip) for chip in pixels.permute(0, 2, 3, 1).numpy()]
-        rows = [np.array(row) for row in self._network.compute_face_descriptor(chips)] if chips else []
-        return torch.tensor(np.array(rows).reshape(-1, 128), dtype=torch.float32, device=aligned.device)
+        chips = ((aligned.float() + 1) * 127.5).round().clamp(0, 255)
+        out: Tensor = self.network(chips)
+        return out
 
     def matches(self, a: Tensor, b: Tensor) -> Tensor:
         """Whether embeddings ``[..., 128]`` are of one person, bool ``[...]``: nearer than 0.6."""

