@@ -2,8 +2,8 @@
 
 The network is ``anet_type`` of dlib's ``dnn_face_recognition_ex.cpp`` (King 2017): a 7x7 convolution and 14 residual
 blocks, with affine layers where training had batch norm. Three habits of dlib differ from torch's: its convolutions of
-stride 2 have no padding, sums of unequal shapes are filled with zeros (at the end of each axis, channels too), and pixels
-are centred on dlib's mean and divided by 256.
+stride 2 have no padding, sums of unequal shapes are filled with zeros (at each axis' end, channels too), and pixels are
+centred on dlib's mean and divided by 256.
 """
 
 from __future__ import annotations
