@@ -3,7 +3,7 @@
 `podman play kube` runs it, without a cluster. podman (4.3) reads of a Pod what it can do: probes and preStop are the
 kubelet's, memory volumes become plain ones, so the sizes of those are judged by tests/helm alone.
 
-    MIEN_SOAK=1 python -m pytest tests/images/test_pod.py       # E2E_SERVE_IMAGE names another image
+    MIEN_SOAK=1 python -m pytest tests/images/test_pod.py    # E2E_SERVE_IMAGE, E2E_TRAIN_IMAGE name other images
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from typing import Final
 import pytest
 import yaml
 
+from tests.e2e import objects
 from tests.helm import chart
 
 IMAGE: Final = os.environ.get("E2E_SERVE_IMAGE", "localhost/mien-serve:0.1.0")
+TRAINING_IMAGE: Final = os.environ.get("E2E_TRAIN_IMAGE", "localhost/mien-train:0.1.0")
 READY_WITHIN: Final = 60.0  # aim: 15 s on an idle machine; this bound is for a busy one
 
 
@@ -154,6 +156,54 @@ def test_a_picture_goes_there_and_back_over_both_doors(running: Running) -> None
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "OK, model" in done.stdout
+
+
+@pytest.mark.soak
+def test_the_image_has_what_helm_test_needs_in_it(running: Running) -> None:
+    """`helm test` runs that program in this image, as a pod beside the service."""
+    program = chart.CHART / "files" / "round_trip.py"
+    done = podman(
+        "run", "--rm", "--network", f"container:{running.container}", "--user", f"{running.user}", "--read-only",
+        "--cap-drop", "ALL", "--volume", f"{program}:/test/round_trip.py:ro", "--entrypoint", "python", IMAGE,
+        "/test/round_trip.py", "--http", "http://127.0.0.1:3000", "--grpc", "127.0.0.1:3001",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "OK, model" in done.stdout
+
+
+@pytest.mark.soak
+def test_two_pods_of_the_training_image_train_together_as_a_user_nobody_knows(tmp_path: Path) -> None:
+    """The Job of tests/e2e in podman: its own command, restricted pods, memory in /tmp; one host for both."""
+    if shutil.which("podman") is None or podman("image", "exists", TRAINING_IMAGE).returncode != 0:
+        pytest.skip(f"no podman, or no image {TRAINING_IMAGE} (make image-train, or E2E_TRAIN_IMAGE)")
+    programs, _, job = objects.training_job("e2e", TRAINING_IMAGE)
+    for name, text in programs["data"].items():
+        (tmp_path / name).write_text(text)
+    tmp_path.chmod(0o755)
+    script = job["spec"]["template"]["spec"]["containers"][0]["command"][2].replace("train-0.train", "127.0.0.1")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        script = script.replace("29500", str(free.getsockname()[1]))
+    user = str(random.SystemRandom().randint(20_000, 60_000))
+    first = f"mien-train-test-{user}"
+    shared = [
+        "--user", f"{user}:{user}", "--read-only", "--read-only-tmpfs=false", "--cap-drop", "ALL", "--security-opt",
+        "no-new-privileges", "--tmpfs", "/tmp:size=256m,mode=1777", "--shm-size", "128m", "--memory", "2g",
+        "--volume", f"{tmp_path}:/test:ro", "--env", "HOME=/tmp", "--env", "USER=mien",
+    ]  # fmt: skip
+    try:
+        for index, name in enumerate((first, f"{first}-b")):
+            network = "none" if index == 0 else f"container:{first}"  # they need each other and nothing else
+            started = podman(
+                "run", "--detach", "--name", name, "--network", network, *shared, "--env",
+                f"JOB_COMPLETION_INDEX={index}", TRAINING_IMAGE, "sh", "-c", script,
+            )  # fmt: skip
+            assert started.returncode == 0, started.stderr
+        for name in (first, f"{first}-b"):
+            ended = podman("wait", name, timeout=300).stdout.strip()
+            assert ended == "0", podman("logs", name).stderr[-3000:]
+    finally:
+        podman("rm", "--force", "--time", "0", f"{first}-b", first)
 
 
 @pytest.mark.soak
