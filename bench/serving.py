@@ -7,11 +7,14 @@ One run, one machine, one model, so that the ratios mean something where the fig
 - *HTTP*, *gRPC*: the real service in a process of its own, aligned crops in and out as PNG, callers on this machine,
 - *codec*: decoding and encoding of such a request on one thread, which a door cannot do without,
 - *lone*: one request of one crop to an idle service, in turns with the same work done here without a service; what a
-  door adds is the median of the differences, for a machine is seldom as fast now as it was a minute ago,
+  door adds is the median of the differences,
 - *password*: what Argon2id takes of the processor, by design, of every request; on a CPU the network lacks it,
+- *of what is possible*: a door against the machine that does the network, the codec and Argon2id and nothing else: on a
+  CPU these take turns, beside a GPU they do not. What is missing there is what the door itself costs,
 - *paper*: the authors' generator at float32 in NCHW, its weights random: arithmetic alone.
 
-Callers and service share the processor here, so that what callers cost is in the figures of the doors.
+Bare, engine and doors take turns and are compared within a turn: a machine is seldom as fast now as a minute ago.
+Callers and service share the processor, so that what callers cost is in the figures of the doors.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import argparse
 import asyncio
 import io
 import json
+import logging
 import os
 import platform
 import signal
@@ -36,6 +40,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import structlog
 import torch
 from PIL import Image
 
@@ -51,6 +56,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8.0, help="of every measurement")
     parser.add_argument("--faces", type=int, default=32, help="aligned crops in one request")
     parser.add_argument("--callers", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5, help="in which bare, engine and doors take turns")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "serving.json")
     asked = parser.parse_args()
@@ -69,21 +75,26 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
     say("bare network")
     by_batch = {size: bare(model, size, asked.seconds / 2) for size in (1, 2, 4, 8, 16, 32, 64)}
     best = max(by_batch, key=lambda size: by_batch[size])
-    say("engine")
-    engine = through_engine(asked, model, crops, best)
     strip = png(np.concatenate(list(crops)))
     one = png(crops[0])
     codec = seconds_of(lambda: recode(strip), asked.seconds / 4)
-    say("doors")
-    with service(asked, best) as (http, grpc):
-        over_http = by_many(lambda: http_caller(http, strip), asked)
-        over_grpc = by_many(lambda: grpc_caller(grpc, strip), asked)
+    with engine_of(asked, crops, best) as through_engine, service(asked, best) as (http, grpc):
+        ways = {
+            "bare": lambda seconds: bare(model, best, seconds),
+            "engine": through_engine,
+            "http": lambda seconds: by_many(lambda: http_caller(http, strip), asked, seconds),
+            "grpc": lambda seconds: by_many(lambda: grpc_caller(grpc, strip), asked, seconds),
+        }
+        say("engine and doors")
+        rounds = [{name: way(asked.seconds / 2) for name, way in ways.items()} for _ in range(asked.rounds)]
+        say("a lone request")
         doors = {"http": http_caller(http, one), "grpc": grpc_caller(grpc, one)}
         alone = lone(model, one, doors, 2 * asked.seconds)
     password = cpu_seconds(lambda: model.code_for("anonymize", PASSWORD))
     say("the paper's architecture")
     paper = paper_network(asked, best, model.bits, model.crop_size)
-    rate = by_batch[best]
+    besides = (codec + password) / asked.faces
+    rate = statistics.median(a["bare"] for a in rounds)
     return {
         "machine": {"device": asked.device, "name": device_name(asked.device), "cpus": os.cpu_count()},
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
@@ -91,9 +102,10 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
         "faces_per_request": asked.faces,
         "callers": asked.callers,
         "bare": {"batch": best, "faces_per_second": rate, "by_batch": by_batch},
-        "engine": share(engine, rate),
-        "http": share(over_http, rate),
-        "grpc": share(over_grpc, rate),
+        "engine": shares(rounds, "engine", 0.0, asked.device),
+        "http": shares(rounds, "http", besides, asked.device),
+        "grpc": shares(rounds, "grpc", besides, asked.device),
+        "rounds": rounds,
         "codec": {"seconds_per_face": codec / asked.faces, "share_of_a_bare_face": codec / asked.faces * rate},
         "password": {
             "cpu_seconds": password,
@@ -105,8 +117,27 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def share(faces_per_second: float, of: float) -> dict[str, float]:
-    return {"faces_per_second": faces_per_second, "of_bare": faces_per_second / of}
+def shares(rounds: list[dict[str, float]], name: str, besides: float, device: str) -> dict[str, float]:
+    """Medians over the rounds, each compared with what the bare network did in the same round."""
+    return {
+        "faces_per_second": statistics.median(a[name] for a in rounds),
+        "of_bare": statistics.median(a[name] / a["bare"] for a in rounds),
+        "of_possible": statistics.median(a[name] / most_possible(a["bare"], besides, device) for a in rounds),
+    }
+
+
+def most_possible(bare: float, besides: float, device: str) -> float:
+    """Faces a second of a machine that does nothing but what a request cannot do without.
+
+    Args:
+        bare: faces a second of the network, which takes all processors of a CPU, or the GPU.
+        besides: processor seconds a face of everything else.
+        device: where the network runs.
+    """
+    cpus = os.cpu_count() or 1
+    if device.startswith("cuda"):
+        return min(bare, cpus / besides) if besides else bare
+    return 1 / (1 / bare + besides / cpus)
 
 
 def table(report: dict[str, Any]) -> str:
@@ -114,6 +145,8 @@ def table(report: dict[str, Any]) -> str:
     rows = [("bare network", report["bare"]["faces_per_second"], 1.0)]
     rows += [(n, report[n]["faces_per_second"], report[n]["of_bare"]) for n in ("engine", "http", "grpc")]
     lines = [f"{name:14} {rate:9.1f} faces/s {100 * ratio:6.1f} %" for name, rate, ratio in rows]
+    for n, name in ((2, "http"), (3, "grpc")):
+        lines[n] += f" of bare, {100 * report[name]['of_possible']:.0f} % of what codec and Argon2id leave"
     lone, paper, password = report["lone"], report["paper"], report["password"]
     lines.append(
         f"lone request   {1000 * lone['direct_seconds']:.1f} ms without a service ("
@@ -200,42 +233,40 @@ def paper_network(asked: argparse.Namespace, size: int, bits: int, side: int) ->
     return size / seconds_of(lambda: forward(network, images, codes), asked.seconds)
 
 
-def through_engine(asked: argparse.Namespace, model: Any, crops: np.ndarray, batch: int) -> float:
-    """Faces a second of requests that are admitted, wait, are worked on and batched, without pictures."""
+@contextmanager
+def engine_of(asked: argparse.Namespace, crops: np.ndarray, batch: int) -> Iterator[Callable[[float], float]]:
+    """Measures faces a second of requests that are admitted, wait, are worked on and batched, without pictures."""
     from serving.engine import Engine
     from serving.metrics import Metrics
     from serving.settings import Settings
 
-    with quiet():
-        engine = Engine(
-            Settings(model=str(asked.model), device=asked.device, batch_size=batch, model_poll=0), Metrics()
-        )
+    log = structlog.wrap_logger(None, wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    settings = Settings(model=str(asked.model), device=asked.device, batch_size=batch, model_poll=0)
+    engine = Engine(settings, Metrics(), log)
     engine.start()
     while engine.status == "loading":
         time.sleep(0.05)
-    if engine.status != "ready":
+    if engine.model is None:
         raise SystemExit(f"no model in {asked.model}")
     images = torch.from_numpy(crops).permute(0, 3, 1, 2).float() / 127.5 - 1
-    codes = torch.zeros(len(crops), model.bits, dtype=torch.bool)
-    done = 0
+    codes = torch.zeros(len(crops), engine.model.bits, dtype=torch.bool)
 
-    async def caller(ends: float) -> None:
-        nonlocal done
+    async def caller(ends: float, finished: list[float]) -> None:
         while time.monotonic() < ends:
             with engine.request("anonymize", "http", "bench") as call:
                 await engine.run(call, lambda: engine._batcher.transform(call.served.run, images, codes))
-            done += len(crops)
+            finished.append(time.monotonic())
 
-    async def go(seconds: float) -> None:
+    async def callers(seconds: float) -> list[float]:
+        finished: list[float] = []
         ends = time.monotonic() + seconds
-        await asyncio.gather(*(caller(ends) for _ in range(asked.callers)))
+        await asyncio.gather(*(caller(ends, finished) for _ in range(asked.callers)))
+        return finished
 
-    asyncio.run(go(1.0))
-    done, began = 0, time.monotonic()
-    asyncio.run(go(asked.seconds))
-    rate = done / (time.monotonic() - began)
-    engine.close()
-    return rate
+    try:
+        yield lambda seconds: asked.faces * rate_of(asyncio.run(callers(seconds + 1)))
+    finally:
+        engine.close()
 
 
 # -- doors ----------------------------------------------------------------------------------------------------------
@@ -313,11 +344,11 @@ def grpc_caller(address: str, picture: bytes) -> Callable[[], None]:
     return lambda: stub.Anonymize(message, timeout=120) and None
 
 
-def by_many(make: Callable[[], Callable[[], None]], asked: argparse.Namespace) -> float:
-    """Faces a second of callers that ask without a pause; whole requests within the time are counted."""
+def by_many(make: Callable[[], Callable[[], None]], asked: argparse.Namespace, seconds: float) -> float:
+    """Faces a second of callers that ask without a pause."""
     finished: list[float] = []
     calls = [make() for _ in range(asked.callers)]
-    ends = time.monotonic() + asked.seconds + 1
+    ends = time.monotonic() + seconds + 1
 
     def run(call: Callable[[], None]) -> None:
         while time.monotonic() < ends:
@@ -329,9 +360,13 @@ def by_many(make: Callable[[], Callable[[], None]], asked: argparse.Namespace) -
         thread.start()
     for thread in threads:
         thread.join()
-    finished.sort()
-    # From the first answer to the last: the time before the first is no time of full load.
-    return asked.faces * (len(finished) - 1) / (finished[-1] - finished[0])
+    return asked.faces * rate_of(finished)
+
+
+def rate_of(finished: list[float]) -> float:
+    """Answers a second, from the first to the last: before the first, and at the end, the load is not full."""
+    finished = sorted(finished)
+    return (len(finished) - 1) / (finished[-1] - finished[0])
 
 
 # -- small things ---------------------------------------------------------------------------------------------------
@@ -395,16 +430,6 @@ def device_name(device: str) -> str:
         return str(torch.cuda.get_device_name())
     names = [line.split(":")[1] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
     return names[0].strip() if names else platform.processor()
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """A log that is made here goes nowhere."""
-    kept, sys.stdout = sys.stdout, io.StringIO()
-    try:
-        yield
-    finally:
-        sys.stdout = kept
 
 
 def say(what: str) -> None:

@@ -128,7 +128,8 @@ class Batcher:
             outputs.append(batch[0].transform(crops[part], codes[part]))
             self._observe(len(crops[part]))
         output = torch.cat(outputs)
-        if output.shape != crops.shape or not torch.isfinite(output).all():
+        # What is not finite makes the sum so too; looking at every number takes twenty times as long.
+        if output.shape != crops.shape or not torch.isfinite(output.sum()):
             # A face that came out as something else than numbers must not go back into a picture.
             raise ArithmeticError("the network's output is not a finite picture of the input's shape")
         start = 0

@@ -9,6 +9,7 @@ Reading a body takes no worker and no place in the queue, however slowly it arri
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -53,6 +54,11 @@ T = TypeVar("T")
 
 _CANCELLED: Final = "cancelled"
 _FORMATS: Final[dict[str, Literal["PNG", "JPEG", "WEBP"]]] = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
+# How much longer a recovered file becomes than the one received, of the bytes of the crops' pixels. The longest of ten
+# codes was measured to take 0.05 of them more than the anonymized face (200 faces of LFW).
+_ROOM: Final = 0.25
+# Room for what surrounds the pixels of a PNG.
+_CHUNKS: Final = 1024
 # How soon a stream's frame that found the queue full asks again, seconds.
 _AGAIN: Final = 0.01
 
@@ -461,7 +467,7 @@ class Engine:
         finally:
             codes.cancel()
         call.check()
-        encoded = pictures.encode(done, _FORMATS[options.format], quality=options.quality)
+        encoded = self.encode(call, done, plan.faces, options, source=picture, received=len(data))
         call.facts["faces"] = len(plan.faces)
         return Edited(encoded, options.format, plan.faces, call.model.digest)
 
@@ -528,6 +534,40 @@ class Engine:
             done: Picture = finished.value
             return done, plan
 
+    def encode(
+        self,
+        call: Call,
+        done: Picture,
+        faces: Sequence[FaceGeometry],
+        options: EditOptions,
+        *,
+        source: Picture,
+        received: int,
+    ) -> bytes:
+        """Encode a changed picture; a recovered PNG has a length that says nothing of the password.
+
+        Faces under a wrong password compress less well than under the right one, so that who sees lengths alone, of an
+        encrypted connection say, could tell which of several tries was right. The length given to the file depends on
+        what was sent and on how much of it is faces, which are the same for every password.
+
+        Args:
+            call, options: of the request.
+            done: the picture, changed.
+            faces: those that were changed.
+            source: the picture before.
+            received: bytes of the file it came in.
+        """
+        from mien import pictures
+
+        encoded = pictures.encode(done, _FORMATS[options.format], quality=options.quality)
+        if call.operation != "recover" or options.format != "png":
+            return encoded
+        usual = received if source.format == "PNG" else len(pictures.encode(source))
+        length = usual + round(_ROOM * 3 * _pixels_of(done, faces, call.model.crop_size)) + _CHUNKS
+        while length < len(encoded) + _CHUNKS:
+            length += length // 8
+        return pictures.padded(encoded, length)
+
     def detect(self, call: Call, data: bytes) -> Detected:
         """Find the faces of an encoded picture.
 
@@ -566,6 +606,12 @@ def check_passwords(options: EditOptions) -> None:
     for word in (options.password, *(options.passwords or {}).values()):
         if word is not None:
             check_password(word.get_secret_value())
+
+
+def _pixels_of(picture: Picture, faces: Sequence[FaceGeometry], crop_size: int) -> float:
+    """Pixels of the picture that the crops cover, overlaps counted twice; at most those of the picture."""
+    sides = (crop_size / math.hypot(face.matrix[0][0], face.matrix[1][0]) for face in faces)
+    return min(sum(side * side for side in sides), picture.width * picture.height)
 
 
 def _edit_of(call: Call) -> Edit:

@@ -282,13 +282,16 @@ class Servicer(stubs.FaceIdentityServicer):
 
     def _frame(self, call: Call, stream: _Stream, frame: pb.Frame) -> pb.TransformStreamResponse:
         """One frame, on a worker thread."""
-        from mien import pictures
         from mien.errors import NoFaceFound
 
         picture = self._picture(frame, stream.options)
         geometry = None
         if frame.HasField("geometry"):
             geometry = _geometry(frame.geometry, picture, call, stream.operation, self._engine.limits.max_faces)
+            if stream.options.aligned:
+                crops = call.model.find_aligned(picture, stream.operation, limits=self._engine.limits)
+                if not set(geometry.faces) <= set(crops.faces):
+                    raise MalformedRequest("The frames are aligned crops, and a frame's geometry is another one.")
         try:
             if geometry is not None and not geometry.faces:
                 raise NoFaceFound("The frame's geometry has no face.")
@@ -318,8 +321,9 @@ class Servicer(stubs.FaceIdentityServicer):
             response.raw.width, response.raw.height = done.width, done.height
             response.raw.rgb = done.pixels.tobytes()
         else:
-            name: Any = stream.options.format.upper()
-            response.encoded = pictures.encode(done, name, quality=stream.options.quality)
+            response.encoded = self._engine.encode(
+                call, done, changed, stream.options, source=picture, received=len(frame.encoded)
+            )
         return response
 
     def _picture(self, frame: pb.Frame, options: EditOptions) -> Picture:

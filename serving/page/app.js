@@ -7,6 +7,12 @@ const NAMES = {
   recovered: "Recovered",
   wrong: "Wrong password",
 };
+const HINTS = {
+  anonymized:
+    "The file itself says where the faces are. Keep it as it is: a screenshot or a smaller copy recovers less well.",
+  recovered: "A wrong password gives a face too. Nothing here knows which one was right.",
+  wrong: "This is what somebody gets who guesses.",
+};
 const KINDS = Object.keys(NAMES);
 const EXTENSIONS = { "image/png": "png", "image/jpeg": "jpg", "image/webp": "webp" };
 
@@ -243,7 +249,7 @@ async function edit(path, kind, source, password, button, message) {
     const many = faces === 1 ? "1 face" : `${faces} faces`;
     const done = { anonymized: "changed", recovered: "given back with this password", wrong: "changed by another password" };
     $("outcome").textContent = `${many} ${done[kind]} in ${seconds} s.`;
-    $("keep-hint").hidden = kind !== "anonymized";
+    $("outcome-hint").textContent = HINTS[kind];
     if (kind === "anonymized") {
       forget("recovered");
       forget("wrong");
@@ -299,7 +305,14 @@ function needPassword(input) {
 function showAlert(error) {
   const title = document.createElement("strong");
   title.textContent = error.title ?? "That did not work";
-  $("alert").replaceChildren(title, document.createTextNode(error.title ? error.message : ""));
+  const text = document.createElement("div");
+  text.append(title, error.title ? error.message : "");
+  const close = document.createElement("button");
+  close.type = "button";
+  close.textContent = "Close";
+  close.setAttribute("aria-label", "Close this message");
+  close.addEventListener("click", clearAlert);
+  $("alert").replaceChildren(text, close);
   $("alert").hidden = false;
   $("alert").scrollIntoView({ block: "nearest" });
   if (!(error instanceof Refused)) throw error;
@@ -318,7 +331,7 @@ function render() {
   $("drop-title").textContent = source ? "Choose another" : anonymizing ? "Choose a photo" : "Choose an anonymized picture";
   $("empty-text").textContent = anonymizing
     ? "Your photo will appear here, beside its anonymized twin."
-    : "A picture that Mien anonymized will appear here, beside the one it was made from.";
+    : "A picture that Mien anonymized will appear here, beside what the password makes of it.";
   $("file-fact").hidden = !source;
   if (!source) $("faces-fact").hidden = true;
   $("card-anonymize").hidden = !anonymizing;

@@ -445,3 +445,18 @@ def test_a_picture_keeps_all_but_pixels_and_geometry() -> None:
     picture = _random_picture(geometry=GEOMETRY, icc_profile=b"x", format="JPEG")
     other = picture.with_pixels(picture.pixels[::-1], None)
     assert replace(other, pixels=picture.pixels, geometry=GEOMETRY).__dict__ == picture.__dict__
+
+
+def test_a_png_is_padded_to_a_length_and_stays_the_picture_it_is() -> None:
+    picture = _random_picture(geometry=GEOMETRY)
+    written = pictures.encode(picture)
+    for length in (len(written) + 12, len(written) + 5000):
+        long = pictures.padded(written, length)
+        assert len(long) == length
+        again = pictures.decode(long)
+        assert (again.pixels == picture.pixels).all()
+        assert again.geometry == GEOMETRY
+    with pytest.raises(ValueError, match="cannot be padded"):
+        pictures.padded(written, len(written) + 11)
+    with pytest.raises(ValueError, match="only whole PNG"):
+        pictures.padded(pictures.encode(picture, "JPEG"), 10**6)

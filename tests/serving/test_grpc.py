@@ -241,6 +241,12 @@ def test_files_are_frames_too_and_aligned_crops_are_taken_as_they_are(
     (safe,) = stream(stub, [pb.Frame(id=7, encoded=strip)], edit={"aligned": True, "format": pb.IMAGE_FORMAT_PNG})
     assert safe.id == 7 and len(safe.geometry.faces) == 2
     unary = stub.Anonymize(request(strip, aligned=True))
+    again = pb.Frame(id=8, encoded=safe.encoded, geometry=safe.geometry)
+    (raw_back,) = stream(stub, [again], operation=pb.OPERATION_RECOVER, edit={"aligned": True})
+    assert np.abs(array_of(raw_back) - pixels(strip)).mean() < 3
+    again.geometry.faces[1].matrix[5] = -60
+    code, _, _ = failure(lambda: stream(stub, [again], operation=pb.OPERATION_RECOVER, edit={"aligned": True}))
+    assert code == grpc.StatusCode.INVALID_ARGUMENT
     assert np.abs(pixels(safe.encoded) - pixels(unary.image)).max() <= 1
     back = stub.Recover(request(unary.image, aligned=True))
     assert np.abs(pixels(back.image) - pixels(strip)).mean() < 3

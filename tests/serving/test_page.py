@@ -219,6 +219,8 @@ def test_problems_are_shown_in_words(page: Any, encode: Callable[..., bytes]) ->
     page.wait_for_selector("#alert:not([hidden])")
     assert "not a picture Mien reads" in page.inner_text("#alert")
     assert page.is_hidden("#view")
+    page.click("#alert button")
+    assert page.is_hidden("#alert")
     page.set_input_files("#file", upload(encode(np.full((64, 64, 3), 99, np.uint8))))
     sync_api.expect(page.locator("#faces-fact")).to_have_text("No face was found in this picture.", timeout=20_000)
     assert page.is_hidden("#alert")

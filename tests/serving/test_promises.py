@@ -228,6 +228,10 @@ def test_200_requests_of_50_kb_to_20_mb_open_no_file_for_writing_and_leave_no_ca
             metrics = client.get("/metrics").text
         assert found == []
         assert CANARY not in metrics + service.printed()
+        sent = int(
+            sum(float(line.split()[-1]) for line in metrics.splitlines() if line.startswith("mien_requests_total{"))
+        )
+        print(json.dumps({"requests": sent, "bytes": [len(picture) for picture in pictures]}))
         for place in (service.home, Path("/dev/shm")):
             for path in place.rglob("*"):
                 if path.is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import signal
 import statistics
@@ -74,12 +75,14 @@ class Load:
 
 
 @contextmanager
-def load(service: Any, image: bytes, *, http: int, over_grpc: int, keep: bool = True) -> Iterator[Load]:
+def load(
+    service: Any, image: bytes, *, http: int, over_grpc: int, keep: bool = True, patience: float = 60
+) -> Iterator[Load]:
     """Callers on threads of their own for as long as the block lasts."""
     got, stop = Load(), threading.Event()
 
     def by_http() -> None:
-        with service.client() as client:
+        with service.client(timeout=patience) as client:
             while not stop.is_set():
                 began = time.monotonic()
                 try:
@@ -105,7 +108,7 @@ def load(service: Any, image: bytes, *, http: int, over_grpc: int, keep: bool = 
             while not stop.is_set():
                 began = time.monotonic()
                 try:
-                    answer = stub.Anonymize(message, timeout=60)
+                    answer = stub.Anonymize(message, timeout=patience)
                 except grpc.RpcError as error:
                     code = error.code()  # type: ignore[attr-defined]
                     shed = code == grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -130,7 +133,7 @@ def load(service: Any, image: bytes, *, http: int, over_grpc: int, keep: bool = 
     finally:
         stop.set()
         for thread in threads:
-            thread.join(90)
+            thread.join(patience + 30)
     assert not any(thread.is_alive() for thread in threads)
 
 
@@ -247,23 +250,28 @@ def test_at_four_times_its_capacity_throughput_stays_within_10_percent(service: 
 def test_64_callers_for_5_minutes_get_no_5xx_and_memory_stays_flat(
     tiny_model: Path, tmp_path: Path, start_service: Callable[..., Any], strip: bytes
 ) -> None:
-    with start_service(tiny_model, tmp_path, MIEN_QUEUE_SIZE="64") as running, running.client() as client:
-        with load(running, strip, http=32, over_grpc=32, keep=False) as got:
+    minutes = float(os.environ.get("MIEN_SOAK_MINUTES", "5"))
+    # Who waits behind 63 others on a slow machine is to be answered all the same.
+    settings = {"MIEN_QUEUE_SIZE": "64", "MIEN_REQUEST_TIMEOUT": "240"}
+    with start_service(tiny_model, tmp_path, **settings) as running, running.client() as client:
+        with load(running, strip, http=32, over_grpc=32, keep=False, patience=240) as got:
             time.sleep(60)  # warm-up
             got.seconds.clear()
             points = []
-            for minute in np.arange(0, 5, 1 / 12):
+            for minute in np.arange(0, minutes, 1 / 12):
                 points.append((minute, gauge(client, "process_resident_memory_bytes") / 2**20))
                 time.sleep(5)
             taken = sorted(got.seconds)
         slope = float(np.polyfit(*zip(*points, strict=True), 1)[0])
         text = client.get("/metrics").text
     p50, p99 = statistics.median(taken), taken[int(0.99 * len(taken))]
-    print(json.dumps({"answers": len(taken), "mib_per_minute": slope, "p50": p50, "p99": p99}))
+    mib = [size for _, size in points]
+    facts = {"minutes": minutes, "answers": len(taken), "mib": [min(mib), max(mib)], "mib_per_minute": slope}
+    print(json.dumps({**facts, "p50": p50, "p99": p99, "statuses": sorted({status for _, status in got.outcomes})}))
     assert got.errors == []
     assert {status for _, status in got.outcomes} <= {200, 429}
     assert slope < 1
-    assert p99 < 3 * p50 + p50
+    assert p99 < 3 * p50
     assert 'outcome="internal-error"' not in text
 
 
