@@ -163,7 +163,7 @@ def test_the_image_has_what_helm_test_needs_in_it(running: Running) -> None:
     """`helm test` runs that program in this image, as a pod beside the service."""
     program = chart.CHART / "files" / "round_trip.py"
     done = podman(
-        "run", "--rm", "--network", f"container:{running.container}", "--user", f"{running.user}", "--read-only",
+        "run", "--rm", "--pod", running.container.removesuffix("-mien"), "--user", f"{running.user}", "--read-only",
         "--cap-drop", "ALL", "--volume", f"{program}:/test/round_trip.py:ro", "--entrypoint", "python", IMAGE,
         "/test/round_trip.py", "--http", "http://127.0.0.1:3000", "--grpc", "127.0.0.1:3001",
     )  # fmt: skip
