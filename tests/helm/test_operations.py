@@ -186,7 +186,16 @@ def test_secrets_that_values_name_are_made_or_explained() -> None:
 def test_make_knows_the_target(line: str) -> None:
     done = run(["make", "--dry-run", *without_variables(line)[1:]], dict(os.environ))
     assert done.returncode == 0, done.stderr
-    assert "build.sh" in done.stdout
+    assert re.search(r"build\.sh|-m tests\.e2e", done.stdout)
+
+
+@pytest.mark.parametrize("line", of("python", "-m", "tests.e2e"))
+def test_end_to_end_steps_are_there_and_wait_for_a_cluster(
+    line: str, programs: dict[str, str], nowhere: dict[str, str]
+) -> None:
+    del programs  # both are there
+    done = run([sys.executable, *shlex.split(line)[1:]], nowhere)
+    assert done.returncode == (0 if "--list" in line else 69), done.stderr
 
 
 def test_the_image_script_takes_the_flags(tmp_path: Path) -> None:
