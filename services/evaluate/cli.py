@@ -134,9 +134,10 @@ def train_baselines(
     out: Annotated[Path, typer.Option(help="A folder for each.")] = Path("runs/baselines"),
     weights: Annotated[Path | None, typer.Option(help="For the learned one. [../shared/weights]")] = None,
     only: Annotated[str, typer.Option("--only", help="Comma-separated names. [all]")] = "",
-    images: Annotated[int, typer.Option(min=1, help="Each network learns from so many.")] = 1600,
+    images: Annotated[int, typer.Option(min=1, help="Each network learns from so many.")] = 1200,
+    minutes: Annotated[float, typer.Option(min=0, help="Stop after so long; the same command goes on.")] = 30,
 ) -> None:
-    """Train the deanonymizer of every baseline of table 2, and the learned anonymizer; minutes each on a CPU."""
+    """Train the deanonymizer of every baseline of table 2, and the learned anonymizer; two minutes each on a CPU."""
     from services.evaluate import baselines, setup, training_runs
     from services.evaluate.deanonymizer import Budget
     from services.evaluate.progress import Progress
@@ -151,6 +152,7 @@ def train_baselines(
             names=names,
             budget=Budget(images=images),
             progress=progress,
+            seconds=60 * minutes,
         )
     for problem in problems:
         typer.echo(f"not trained: {problem}", err=True)

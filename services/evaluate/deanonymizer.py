@@ -35,7 +35,7 @@ _RECONSTRUCTION: Final = 100.0  # the paper's weights: 100 for L1, 1 for the GAN
 class Budget:
     """How long each network learns; the same for all."""
 
-    images: int = 1600
+    images: int = 1200
     batch: int = 8
     lr: float = 1e-3
     width: int = 16
@@ -142,7 +142,11 @@ def train_anonymizer(faces: Faces, recogniser: Recogniser, budget: Budget, advan
 def save(folder: Path, name: str, network: Generator, budget: Budget) -> None:
     """One network of a baseline, with the budget it had."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "budget.json", (json.dumps(budget.__dict__) + "\n").encode())
+    known = (json.dumps(budget.__dict__) + "\n").encode()
+    if not (folder / "budget.json").exists() or (folder / "budget.json").read_bytes() != known:
+        for old in folder.glob("*.safetensors"):  # of another budget: would be taken for this one's
+            old.unlink()
+        write_atomically(folder / "budget.json", known)
     temporary = folder / f".{name}"
     save_file(network.state_dict(), str(temporary))
     temporary.replace(folder / name)

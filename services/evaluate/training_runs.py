@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
 from mien import recognisers
 from mien.errors import ModelError
 from services.evaluate import baselines, deanonymizer
+from services.evaluate.attackers import Advance
 from services.evaluate.deanonymizer import Budget
-from services.evaluate.faces import read_shards
+from services.evaluate.faces import Faces, read_shards
 from services.evaluate.progress import Progress
 
 CONFIGS: Final = Path("training/configs/ablations")
 
 
+class _OutOfTime(Exception):
+    """The time for all of it is over."""
+
+
 def train_baselines(
-    data: str, out: Path, *, weights: Path | None, names: Sequence[str], budget: Budget, progress: Progress
+    data: str,
+    out: Path,
+    *,
+    weights: Path | None,
+    names: Sequence[str],
+    budget: Budget,
+    progress: Progress,
+    seconds: float = float("inf"),
 ) -> list[str]:
     """Train what is not there yet with this budget; gives the names of those that could not be, with the reason.
+
+    Each baseline is kept as soon as it is whole, so a run that was cut off goes on with the one it was in. After
+    ``seconds`` it stops, in the middle of a baseline if need be.
 
     Raises:
         ShardError, ValueError: there are no training faces at ``data``.
@@ -32,45 +49,60 @@ def train_baselines(
     problems: list[str] = []
     if not left:
         return problems
+    end = time.monotonic() + seconds
     faces = read_shards(data, "train", min(4000, 4 * budget.images))
     for number, name in enumerate(left, start=1):
-        folder = out / name
-        with progress.part(name, number, len(left)):
-            if name == baselines.LEARNED:
-                if weights is None:
-                    problems.append(f"{name}: needs mobilefacenet_casia.safetensors in --weights")
-                    continue
-                try:
-                    against = recognisers.load("mobilefacenet-casia", weights)
-                except ModelError as error:
-                    problems.append(f"{name}: {error}")
-                    continue
-                with progress.stage(f"{name}: anonymizer", budget.images) as advance:
-                    learned = deanonymizer.train_anonymizer(faces, against, budget, advance)
-                deanonymizer.save(folder, deanonymizer.ANONYMIZER, learned, budget)
-                hide: baselines.Anonymizer = learned.apply_to
-            else:
-                hide = baselines.FIXED[name]
-            used = faces.images[: budget.images]
-            hidden = used.copy()
-            with progress.stage(f"{name}: hiding", len(used)) as advance:
-                for start in range(0, len(used), 32):
-                    hidden[start : start + 32] = hide(used[start : start + 32])
-                    advance(len(used[start : start + 32]))
-            with progress.stage(f"{name}: deanonymizer", budget.images) as advance:
-                network = deanonymizer.train_deanonymizer(hidden, used, budget, advance)
-            deanonymizer.save(folder, deanonymizer.WEIGHTS, network, budget)
+        try:
+            with progress.part(name, number, len(left)):
+                _train_baseline(name, faces, out / name, weights, budget, progress, end)
+        except ModelError as error:
+            problems.append(f"{name}: {error}")
+        except _OutOfTime:
+            problems += [f"{n}: no time was left; the same command goes on with it" for n in left[number - 1 :]]
+            break
     return problems
 
 
-def _done(folder: Path, budget: Budget) -> bool:
-    import json
+def _train_baseline(
+    name: str, faces: Faces, folder: Path, weights: Path | None, budget: Budget, progress: Progress, end: float
+) -> None:
+    def bounded(advance: Advance) -> Advance:
+        def step(done: int) -> None:
+            advance(done)
+            if time.monotonic() > end:
+                raise _OutOfTime
 
+        return step
+
+    if name == baselines.LEARNED:
+        if weights is None:
+            raise ModelError("needs mobilefacenet_casia.safetensors in --weights")
+        against = recognisers.load("mobilefacenet-casia", weights)
+        with progress.stage(f"{name}: anonymizer", budget.images) as advance:
+            learned = deanonymizer.train_anonymizer(faces, against, budget, bounded(advance))
+        hide: baselines.Anonymizer = learned.apply_to
+    else:
+        hide = baselines.FIXED[name]
+    used = faces.images[: budget.images]
+    hidden = used.copy()
+    with progress.stage(f"{name}: hiding", len(used)) as advance:
+        for start in range(0, len(used), 32):
+            hidden[start : start + 32] = hide(used[start : start + 32])
+            bounded(advance)(len(used[start : start + 32]))
+    with progress.stage(f"{name}: deanonymizer", budget.images) as advance:
+        network = deanonymizer.train_deanonymizer(hidden, used, budget, bounded(advance))
+    if name == baselines.LEARNED:
+        deanonymizer.save(folder, deanonymizer.ANONYMIZER, learned, budget)
+    # Last: its presence says that the baseline is whole.
+    deanonymizer.save(folder, deanonymizer.WEIGHTS, network, budget)
+
+
+def _done(folder: Path, budget: Budget) -> bool:
     try:
         known = json.loads((folder / "budget.json").read_text())
     except (OSError, ValueError):
         return False
-    return (folder / deanonymizer.WEIGHTS).exists() and known == asdict(replace(budget))
+    return (folder / deanonymizer.WEIGHTS).exists() and known == asdict(budget)
 
 
 def train_ablations(data: str, out: Path, *, images: int | None, names: Sequence[str], overrides: Sequence[str]) -> int:
