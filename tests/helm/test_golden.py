@@ -225,6 +225,8 @@ def test_ingress_and_gateway_lead_to_both_doors_by_weight() -> None:
             ("demo-mien", port, 90),
             ("demo-mien-canary", port, 10),
         ]
+    # A listener accepts one kind of route for a host name.
+    assert not set(routes["HTTPRoute"]["spec"]["hostnames"]) & set(routes["GRPCRoute"]["spec"]["hostnames"])
     ingresses = {o["metadata"]["name"]: o for o in case("canary-ingress") if o["kind"] == "Ingress"}
     assert ingresses.keys() == {"demo-mien", "demo-mien-grpc", "demo-mien-canary", "demo-mien-grpc-canary"}
     annotations = ingresses["demo-mien-grpc-canary"]["metadata"]["annotations"]

@@ -103,3 +103,16 @@ def test_notes_say_the_next_command() -> None:
     with_keys = chart.raw(chart.values_of(chart.CHART / "ci" / "keys-ingress-values.yaml"))["NOTES.txt"]
     assert "https://mien.example.com/" in with_keys
     assert "no API keys" not in with_keys
+
+
+def test_notes_warn_where_the_network_policy_keeps_a_way_in_closed() -> None:
+    values = chart.values_of(chart.CHART / "ci" / "keys-ingress-values.yaml")
+    assert "networkPolicy.ingress.from" not in chart.raw(values)["NOTES.txt"]
+    del values["networkPolicy"]
+    assert "networkPolicy.ingress.from lets the pods of prod in" in chart.raw(values)["NOTES.txt"]
+    assert "networkPolicy.ingress.from" not in chart.raw()["NOTES.txt"]
+
+
+@pytest.mark.parametrize("case", chart.CASES, ids=[case.name.removesuffix("-values.yaml") for case in chart.CASES])
+def test_no_example_opens_a_way_in_that_its_own_network_policy_closes(case: Path) -> None:
+    assert "networkPolicy.ingress.from" not in chart.raw(chart.values_of(case))["NOTES.txt"]

@@ -134,6 +134,16 @@ seccompProfile:
 {{- if and $v.gateway.enabled (not $v.gateway.parentRefs) }}
 {{- fail "gateway.enabled needs gateway.parentRefs, the Gateways that the routes hang on" }}
 {{- end }}
+{{- if $v.gateway.grpc.enabled }}
+{{- if not (and $v.gateway.enabled $v.gateway.hostnames $v.gateway.grpc.hostnames) }}
+{{- fail "gateway.grpc.enabled needs gateway.enabled, gateway.hostnames and gateway.grpc.hostnames: a listener accepts one kind of route for a host name, so HTTP and gRPC need different ones" }}
+{{- end }}
+{{- range $v.gateway.grpc.hostnames }}
+{{- if has . $v.gateway.hostnames }}
+{{- fail (printf "%s is in gateway.hostnames and in gateway.grpc.hostnames: a listener would accept only one of the two routes" .) }}
+{{- end }}
+{{- end }}
+{{- end }}
 {{- if and (or $v.ingress.enabled $v.gateway.enabled (ne $v.service.type "ClusterIP")) (not $v.apiKeys.existingSecret) (not $v.apiKeys.allowAnonymous) }}
 {{- fail "an Ingress, a Gateway route or a Service other than ClusterIP leads here from outside the cluster, and there are no API keys: set apiKeys.existingSecret, or apiKeys.allowAnonymous=true if something in front asks who is calling" }}
 {{- end }}
