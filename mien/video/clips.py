@@ -369,7 +369,7 @@ def _second_pass(
                 done += len(batch)
                 progress(stage, done, frames)
             if done != frames:
-                raise InvalidVideo(f"{reader.path} had {frames} frames at first and {done} now; was it changed?")
+                raise InvalidVideo(f"{reader.name} had {frames} frames at first and {done} now; was it changed?")
     if masked and operation == "anonymize":
         count = sum(len(v) for v in masked.values())
         notes = [

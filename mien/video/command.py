@@ -184,7 +184,7 @@ def list_tracks(source: Path, *, as_json: bool, sheet: Path | None, no_sheet: bo
                 f"  {row['track']}: {row['start']:.2f} to {row['end']:.2f} s, frames {row['first']} to {row['last']}; "
                 f"detected in {row['detected']}, carried by flow in {row['flow']}, would be masked in {row['held']}"
             )
-    if want_sheet and rows:
+    if want_sheet and found.thumbnails:
         place = sheet or source.with_name(f"{source.stem}.tracks.png")
         write_atomically(place, _sheet(found))
         typer.echo(f"Pictures of the tracks (real faces!): {place}", err=as_json)
@@ -293,7 +293,8 @@ def _progress(quiet: bool) -> Iterator[Progress]:
             return Text(f"{task.speed:.1f} frames/s" if task.speed else "- frames/s")
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
-    with Bars(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bars:
+    console = Console(stderr=True)
+    with Bars(*columns, console=console, transient=True, disable=quiet or not console.is_terminal) as bars:
         stages: dict[str, Any] = {}
 
         def progress(stage: str, done: int, total: int) -> None:
@@ -327,8 +328,9 @@ def _sheet(found: Tracks) -> bytes:
 
     from PIL import Image, ImageDraw
 
-    side, label, columns = 96, 14, 8
+    side, label = 96, 14
     tracks = [t for t in found.trajectories if t.number in found.thumbnails]
+    columns = min(8, len(tracks))
     rows = -(-len(tracks) // columns)
     sheet = Image.new("RGB", (columns * (side + 4), rows * (side + label + 4)), (255, 255, 255))
     draw = ImageDraw.Draw(sheet)

@@ -114,6 +114,8 @@ class Reader:
         timeout: float | None = None,
     ) -> None:
         self.path = os.fspath(path)
+        self.name = safe_url(self.path)
+        """What messages call it."""
         self.limits = limits
         self._live = "://" in self.path
         if not self._live and not Path(self.path).is_file():
@@ -121,7 +123,7 @@ class Reader:
         try:
             self._input: Any = av.open(self.path, options=options or {}, timeout=timeout, metadata_errors="replace")
         except av.error.FFmpegError as error:
-            raise InvalidVideo(f"{self.path} is not a video, or is broken: {_words(error)}.") from None
+            raise InvalidVideo(f"{self.name} is not a video, or is broken: {_words(error)}.") from None
         try:
             self.clip, self._first = self._probe()
         except BaseException:
@@ -145,7 +147,7 @@ class Reader:
         try:
             return sum(1 for packet in self._input.demux(self._video) if packet.size)
         except av.error.FFmpegError as error:
-            raise InvalidVideo(f"{self.path} is broken: {_words(error)}.") from None
+            raise InvalidVideo(f"{self.name} is broken: {_words(error)}.") from None
 
     def frames(self) -> Iterator[Frame]:
         """Every frame in display order, once."""
@@ -157,7 +159,7 @@ class Reader:
         """Frames, and in between the packets of the streams ``copy`` (``clip.kept`` by default); once."""
         wanted = self.clip.kept if copy is None else copy
         streams = [self._video, *(self._input.streams[i] for i in wanted)]
-        index, last_pts, end = 0, None, 0.0
+        index, last_pts, end, start = 0, None, 0.0, float("inf")
         declared = self._video.frames
         convert = Converter(self.clip)
         packets = self._input.demux(*streams)
@@ -168,16 +170,17 @@ class Reader:
             except StopIteration:
                 break
             except av.error.FFmpegError as error:
-                raise InvalidVideo(f"{self.path} is broken after frame {index}: {_words(error)}.") from None
-            if packet.dts is not None and packet.time_base and not self._live:
-                end = max(end, float(packet.dts * packet.time_base))
+                raise InvalidVideo(f"{self.name} is broken after frame {index}: {_words(error)}.") from None
+            if decoded is not None and packet.pts is not None and packet.time_base:
+                start = min(start, float(packet.pts * packet.time_base))
+                end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
             if decoded is None:
                 if packet.dts is not None or packet.pts is not None:
                     yield packet
                 continue
             for picture in decoded:
                 if (picture.width, picture.height) != (self.clip.coded_width, self.clip.coded_height):
-                    raise InvalidVideo(f"The pictures of {self.path} change their size at frame {index}.")
+                    raise InvalidVideo(f"The pictures of {self.name} change their size at frame {index}.")
                 pts = picture.pts if picture.pts is not None else _next_pts(last_pts, self.clip)
                 if last_pts is not None and pts <= last_pts:
                     # Encoders refuse time that stands still; such files are rare and broken.
@@ -186,29 +189,26 @@ class Reader:
                 yield convert.read(picture, index, pts)
                 index += 1
         if not index:
-            raise InvalidVideo(f"{self.path} has no frame that can be decoded.")
+            raise InvalidVideo(f"{self.name} has no frame that can be decoded.")
         if self._live:
             return
         # FFmpeg ends quietly where a file was cut off.
-        length = self._input.duration / av.time_base if self._input.duration else 0.0
-        start = self._input.start_time / av.time_base if self._input.start_time else 0.0
-        if index < 0.9 * declared - 2 or end - start < 0.8 * length - 1:
-            raise InvalidVideo(
-                f"{self.path} ends early: {index} of {declared} frames"
-                if index < 0.9 * declared - 2
-                else f"{self.path} ends early: {end - start:.1f} of {length:.1f} seconds. Is it truncated?"
-            )
+        length = _length(self._video)
+        if index < 0.98 * declared - 2:
+            raise InvalidVideo(f"{self.name} ends early: {index} of {declared} frames. Is it truncated?")
+        if end - start < 0.98 * length - 0.5:
+            raise InvalidVideo(f"{self.name} ends early: {end - start:.1f} of {length:.1f} seconds. Is it truncated?")
 
     def _probe(self) -> tuple[Clip, Any]:
         videos = [s for s in self._input.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
         if not videos:
-            raise InvalidVideo(f"{self.path} has no video in it.")
+            raise InvalidVideo(f"{self.name} has no video in it.")
         video = videos[0]
         video.thread_type = "AUTO"
         self._video = video
         context = video.codec_context
         if context is None:
-            raise InvalidVideo(f"{self.path} holds video of an unknown kind.")
+            raise InvalidVideo(f"{self.name} holds video of an unknown kind.")
         width, height = context.width, context.height
         if width * height > self.limits.max_pixels or max(width, height) > self.limits.max_side:
             raise ImageTooLarge(
@@ -235,7 +235,7 @@ class Reader:
         components = format_.components
         turn = (first.rotation if first is not None else 0) % 360
         clip = Clip(
-            path=self.path,
+            path=self.name,
             coded_width=shape.width,
             coded_height=shape.height,
             rotation=round(turn / 90) * 90 % 360,
@@ -267,8 +267,8 @@ class Reader:
                 for frame in probe.decode(probe.streams[self._video.index]):
                     return frame
         except av.error.FFmpegError as error:
-            raise InvalidVideo(f"{self.path} is broken before its first frame: {_words(error)}.") from None
-        raise InvalidVideo(f"{self.path} has no frame that can be decoded.")
+            raise InvalidVideo(f"{self.name} is broken before its first frame: {_words(error)}.") from None
+        raise InvalidVideo(f"{self.name} has no frame that can be decoded.")
 
 
 class Converter:
@@ -499,6 +499,13 @@ class _Null:
         return b""
 
 
+def safe_url(url: str) -> str:
+    """A URL without the user and password that cameras have in it; anything else as it is."""
+    scheme, mark, rest = url.partition("://")
+    host = rest.partition("/")[0]
+    return f"{scheme}{mark}{rest[host.rfind('@') + 1 :]}" if mark else url
+
+
 def upright(clip: Clip) -> Clip:
     """The clip as it is once its pictures are stored the way they are shown."""
     return replace(clip, coded_width=clip.width, coded_height=clip.height, rotation=0)
@@ -507,6 +514,19 @@ def upright(clip: Clip) -> Clip:
 def _next_pts(last: int | None, clip: Clip) -> int:
     step = max(1, round(1 / (clip.rate * clip.time_base)))
     return 0 if last is None else last + step
+
+
+def _length(stream: Any) -> float:
+    """Seconds that a file says its pictures last; 0 where it says nothing of them alone (sound may last longer)."""
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    # Matroska says it in a tag of the stream, as 00:00:04.000000000.
+    parts = next((v for k, v in stream.metadata.items() if k.upper().startswith("DURATION")), "").split(":")
+    try:
+        hours, minutes, seconds = (float(part) for part in parts)
+    except ValueError:
+        return 0.0
+    return hours * 3600 + minutes * 60 + seconds
 
 
 def _codec_name(stream: Any) -> str:

@@ -19,7 +19,7 @@ import av
 from mien.model import Model
 from mien.passwords import Code
 from mien.video.clips import video_detector
-from mien.video.container import Converter, Frame, Reader, upright
+from mien.video.container import Converter, Frame, Reader, safe_url, upright
 from mien.video.errors import InvalidVideo
 from mien.video.live import LIVE, LiveFrames, Mailbox
 from mien.video.tracking import TrackerConfig
@@ -124,7 +124,7 @@ def run_live(
                 if frame is None:
                     break
         except TimeoutError:
-            raise InvalidVideo(f"No frame came from {_safe(source)} for {timeout:g} s.") from None
+            raise InvalidVideo(f"No frame came from {safe_url(source)} for {timeout:g} s.") from None
         finally:
             stop.set()
             out.close()
@@ -142,7 +142,7 @@ class _Output:
         format_ = _FORMATS.get(scheme) or next((f for s, f in _SUFFIXES.items() if target.endswith(s)), None)
         if format_ is None:
             known = ", ".join([*(f"{s}://" for s in _FORMATS), *_SUFFIXES])
-            raise InvalidVideo(f"Live streams go to {known}, not to {_safe(target)}.")
+            raise InvalidVideo(f"Live streams go to {known}, not to {safe_url(target)}.")
         if format_ == "rtsp":
             options = {"rtsp_transport": "tcp", **options}
         self._target = target
@@ -155,7 +155,9 @@ class _Output:
                 options={"preset": "veryfast", "tune": "zerolatency", "crf": "20", "bf": "0"},
             )
         except (av.error.FFmpegError, OSError) as error:
-            raise InvalidVideo(f"{_safe(target)} cannot be written to: {getattr(error, 'strerror', error)}.") from None
+            raise InvalidVideo(
+                f"{safe_url(target)} cannot be written to: {getattr(error, 'strerror', error)}."
+            ) from None
         even = clip.coded_width % 2 == 0 and clip.coded_height % 2 == 0
         self._format = "yuv420p" if even else "yuv444p"
         video.width, video.height, video.pix_fmt = clip.coded_width, clip.coded_height, self._format
@@ -179,7 +181,7 @@ class _Output:
             for packet in self._video.encode(picture):
                 self._container.mux(packet)
         except (av.error.FFmpegError, OSError) as error:
-            raise InvalidVideo(f"{_safe(self._target)} was lost: {getattr(error, 'strerror', error)}.") from None
+            raise InvalidVideo(f"{safe_url(self._target)} was lost: {getattr(error, 'strerror', error)}.") from None
 
     def close(self) -> None:
         # What is lost here is the end of a stream whose other side has gone.
@@ -188,10 +190,3 @@ class _Output:
                 self._container.mux(packet)
         with suppress(Exception):
             self._container.close()
-
-
-def _safe(url: str) -> str:
-    """A URL without the user and password that cameras have in it."""
-    scheme, mark, rest = url.partition("://")
-    host = rest.partition("/")[0]
-    return f"{scheme}{mark}{rest[host.rfind('@') + 1 :]}" if mark else url

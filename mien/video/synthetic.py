@@ -23,6 +23,16 @@ Motion = Literal["move", "turn", "hide", "leave", "still"]
 MOTIONS: Final[tuple[Motion, ...]] = ("move", "turn", "hide", "leave")
 RATE: Final = 25
 _AUDIO_RATE: Final = 16_000
+_STYLE: Final = b"""[Script Info]
+ScriptType: v4.00+
+
+[V4+ Styles]
+Format: Name, Fontname, Fontsize
+Style: Default,Arial,16
+
+[Events]
+Format: Layer, Start, End, Style, Text
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +124,7 @@ def write(
     pixel_format: str = "yuv420p",
     options: dict[str, str] | None = None,
     container: str | None = None,
+    container_options: dict[str, str] | None = None,
     rate: int = RATE,
     times: Sequence[int] | None = None,
     time_base: Fraction = Fraction(1, 12_800),
@@ -128,7 +139,7 @@ def write(
     Args:
         path: the file.
         pictures: uint8 RGB or RGBA ``[H, W, 3 or 4]``.
-        codec, pixel_format, options, container: FFmpeg's.
+        codec, pixel_format, options, container, container_options: FFmpeg's.
         rate: frames a second.
         times: of each frame and of the end, in units of ``time_base``, for a variable rate.
         time_base: see there.
@@ -144,7 +155,7 @@ def write(
     tone: Any = None
     words: Any = None
     last = 0
-    with av.open(str(path), "w", format=container) as out:
+    with av.open(str(path), "w", format=container, container_options=container_options or {}) as out:
         out.metadata.update(metadata or {})
         for i, picture in enumerate(pictures):
             if video is None:
@@ -162,6 +173,8 @@ def write(
                     tone.layout = "mono"
                 if subtitles:
                     words = out.add_stream("mov_text" if str(path).endswith(("mp4", "mov")) else "srt")
+                    # FFmpeg opens no subtitle encoder without a style to start from.
+                    words.codec_context.subtitle_header = _STYLE
             frame: Any = av.VideoFrame.from_ndarray(
                 np.ascontiguousarray(picture), format="rgba" if picture.shape[2] == 4 else "rgb24"
             )

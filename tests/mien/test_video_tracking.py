@@ -17,33 +17,9 @@ from mien.video.geometry_track import ClipGeometry, Colour
 from mien.video.synthetic import Shot
 from mien.video.tracking import Observation, State, Tracker, TrackerConfig
 from mien.video.trajectories import Trajectories, Trajectory, smoothed
+from tests.mien.video_parts import Blind, Remembering
 
 FRAMES = 30
-
-
-class Remembering:
-    """MTCNN, asked once for each picture: the tests here show the same frames many times."""
-
-    def __init__(self, detector: MTCNNDetector) -> None:
-        self.detector = detector.with_confidence(0.7)
-        self.known: dict[bytes, list[Face]] = {}
-
-    def detect(self, pixels: NDArray[np.uint8]) -> list[Face]:
-        key = pixels.tobytes()
-        if key not in self.known:
-            self.known[key] = self.detector.detect(pixels)
-        return self.known[key]
-
-
-class Blind:
-    """A detector that sees nothing in chosen calls."""
-
-    def __init__(self, detector: Remembering, calls: Collection[int]) -> None:
-        self.detector, self.calls, self.count = detector, calls, -1
-
-    def detect(self, pixels: NDArray[np.uint8]) -> list[Face]:
-        self.count += 1
-        return [] if self.count in self.calls else self.detector.detect(pixels)
 
 
 @pytest.fixture(scope="module")
