@@ -137,6 +137,9 @@ class RunConfig(Config):
     bits: int = Field(16, gt=0, multiple_of=4)
     crop_size: PositiveInt = 128
     architecture: networks.ArchitectureConfig = Field(networks.ResNetConfig(), discriminator="name")
+    start: str | None = Field(
+        None, description="model (a folder, or models:/NAME@ALIAS) whose T a new run begins with; Q, D and F begin anew"
+    )
     data: DataConfig
     recogniser: RecogniserConfig = RecogniserConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()

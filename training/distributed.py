@@ -7,8 +7,10 @@ has a time-out, after which the process fails instead of hanging: the others hav
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ T = TypeVar("T")
 
 # What is sent at once: large enough for the network, small enough that several are under way.
 BUCKET_BYTES = 32 << 20
+_PR_SET_PDEATHSIG = 1
 
 
 class DistributedError(MienError):
@@ -164,6 +167,7 @@ def join(device: str, *, timeout: float, patience: float) -> World:
         torch.cuda.set_device(chosen)
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return alone(chosen)
+    _end_with_launcher()
     # Without this a peer that died leaves NCCL's collectives waiting; with it they raise after `timeout`.
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")
     try:
@@ -178,6 +182,13 @@ def join(device: str, *, timeout: float, patience: float) -> World:
     with _talking():
         patient = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout + patience))
     return World(dist.get_rank(), dist.get_world_size(), chosen, patient)
+
+
+def _end_with_launcher() -> None:
+    """SIGTERM when torchrun dies, also of SIGKILL (Linux): it ends nobody then, and its processes would go on training
+    and writing checkpoints beside those of the next start."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 @contextmanager

@@ -79,9 +79,11 @@ def train(
     Raises:
         training.data.ShardError: the data is not what its manifest says.
         training.distributed.PeerLost: another process died; start the run again.
+        mien.errors.ModelError: ``config.start`` cannot be read.
         training.step.TrainingDiverged: too many steps in a row were not finite.
         storage.StorageError: checkpoints cannot be read, or the last one cannot be written.
-        ValueError: the run exists with another config, or the batch is too small to be divided.
+        ValueError: the run exists with another config, the batch is too small to be divided, or ``config.start`` is of
+            another network.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -123,9 +125,12 @@ def _train(
         trainer.load_state_dict(known["trainer"])
         logger.info("going on from %d images", nimg)
         del resumed
-    elif trainer.learns_recogniser:
-        logger.info("centring F's head on %d identities", shards.identities)
-        trainer.centre_head(_labelled(shards, world))
+    else:
+        if config.start:
+            known["start_digest"] = _start(config, config.start, trainer)
+        if trainer.learns_recogniser:
+            logger.info("centring F's head on %d identities", shards.identities)
+            trainer.centre_head(_labelled(shards, world))
     trackers = _trackers(config, folder, known, shards, world) if world.first else []
 
     part = world.part(config.batch)
@@ -197,6 +202,19 @@ def _train(
     return Outcome(True, nimg, model)
 
 
+def _start(config: RunConfig, where: str, trainer: Trainer) -> str:
+    """Give T the weights of a model; its digest. Raises ValueError where it is another network, MienError otherwise."""
+    from storage import registry
+
+    network, model = store.load(registry.fetch(where) if where.startswith("models:") else where)
+    for name in ("architecture", "bits", "crop_size"):
+        if (mine := getattr(config, name)) != (theirs := getattr(model, name)):
+            raise ValueError(f"start: {where} has {name} {theirs}, this run {mine}; give both the same")
+    trainer.start_from(network)
+    logger.info("beginning with the weights of %s, digest %s", where, model.digest[:12])
+    return model.digest
+
+
 def _prepare(config: RunConfig, folder: Path, place: storage.Prefix, allow_change: frozenset[str]) -> None:
     """What the first process does before all others begin."""
     place.check()
@@ -207,7 +225,7 @@ def _prepare(config: RunConfig, folder: Path, place: storage.Prefix, allow_chang
 def _state(trainer: Trainer, trackers: list[Tracker], known: dict[str, Any]) -> dict[str, Any]:
     """Everything a checkpoint holds. All processes call it: some of it is spread over them."""
     state = {"trainer": trainer.state_dict(), "config": trainer.config.model_dump(mode="json")}
-    state |= {key: known.get(key) for key in ("mlflow_key", "mlflow_run_id")}
+    state |= {key: known.get(key) for key in ("mlflow_key", "mlflow_run_id", "start_digest")}
     for tracker in trackers:
         if isinstance(tracker, Tolerant) and isinstance(tracker.inner, MLflow):
             state["mlflow_key"], state["mlflow_run_id"] = tracker.inner.key, tracker.inner.run_id
@@ -378,6 +396,8 @@ def _trackers(config: RunConfig, folder: Path, known: dict[str, Any], shards: Fa
             "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
             "processes": str(world.size),
         }
+        if known.get("start_digest"):
+            tags["start_digest"] = known["start_digest"]
         begin = beginning(
             name=config.name,
             params=config.model_dump(),

@@ -498,7 +498,14 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = self._base_rates[name] * factor
 
-    # -- F's start --------------------------------------------------------------------------------------------------
+    # -- what it begins with ------------------------------------------------------------------------------------------
+
+    def start_from(self, transformer: nn.Module) -> None:
+        """Begin with a trained T of the same architecture, in place of random weights; its average with it."""
+        self.transformer.load_state_dict(transformer.state_dict())
+        self.world.broadcast_(self.transformer)
+        self.ema.load_state_dict(self.transformer.state_dict())
+        self.players["transformer"].weights_were_set()
 
     @torch.no_grad()
     def centre_head(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:

@@ -99,3 +99,11 @@ def tiny(shards: Path, untrained: Path, tmp_path: Path) -> RunConfig:
             "checkpoint_every": 4,
         }
     )
+
+
+@pytest.fixture
+def bare(tiny: RunConfig) -> RunConfig:
+    """``tiny`` without the terms that need F, which take nine tenths of a step: for what is about processes, files and
+    signals rather than about what is learned."""
+    weights = tiny.objective.weights.model_copy(update={"feature": 0.0, "adversarial": 0.0, "recovery_class": 0.0})
+    return tiny.model_copy(update={"objective": tiny.objective.model_copy(update={"weights": weights})})

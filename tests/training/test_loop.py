@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,34 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-import storage
 from mien import store
-from training import checkpoint
+from tests.training.launch import Start, assert_equal, environment, finish, wait_for, weights, write
 from training.config import RunConfig
 from training.loop import train
-
-ROOT = Path(__file__).parents[2]
-
-
-def _weights(config: RunConfig) -> dict[str, torch.Tensor]:
-    found = checkpoint.latest(storage.open_prefix(Path(config.runs) / config.name / "checkpoints"))
-    assert found is not None
-    flat: dict[str, torch.Tensor] = {}
-
-    def walk(prefix: str, value: object) -> None:
-        if isinstance(value, torch.Tensor):
-            flat[prefix] = value
-        elif isinstance(value, dict):
-            for key, child in value.items():
-                walk(f"{prefix}/{key}", child)
-
-    walk("", found[1]["trainer"])
-    return flat
-
-
-def _assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert [k for k in one if not torch.equal(one[k], other[k])] == []
 
 
 @pytest.mark.parametrize("architecture", ["resnet", "unet", "coupling"])
@@ -94,80 +68,63 @@ def test_a_run_logs_figures_and_grids_to_its_folder_and_to_mlflow(tiny: RunConfi
 
 
 def test_a_run_that_stops_and_goes_on_equals_one_that_never_stopped(tiny: RunConfig, tmp_path: Path) -> None:
+    tiny = tiny.model_copy(update={"total_images": 8})
     whole = tiny.model_copy(update={"runs": str(tmp_path / "whole")})
     train(whole)
-    for stop in (4, 8):
+    for stop in (2, 6):
         outcome = train(tiny, stop_at=stop)
         assert not outcome.finished and outcome.nimg == stop
     assert train(tiny).finished
-    _assert_equal(_weights(whole), _weights(tiny))
+    assert_equal(weights(whole), weights(tiny))
 
 
-def test_sigkill_at_any_moment_changes_nothing_of_where_a_run_ends(tiny: RunConfig, tmp_path: Path) -> None:
-    whole = tiny.model_copy(update={"runs": str(tmp_path / "whole")})
-    train(whole)
-    path = tmp_path / "tiny.json"
-    path.write_text(tiny.model_dump_json())
-    command = [sys.executable, "-m", "training", "--config", str(path), "threads=1"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    kills = 0
-    for attempt in range(6):
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        if attempt < 2:
-            # Kill right after the first new checkpoint begins to appear, so that writes are hit as well as steps.
-            folder = Path(tiny.runs) / tiny.name / "checkpoints"
-            before = set(folder.glob("*")) if folder.exists() else set()
-            deadline = time.monotonic() + 120
-            while time.monotonic() < deadline and process.poll() is None:
-                if folder.exists() and set(folder.glob("*")) | set(folder.glob(".*")) != before:
-                    break
-                time.sleep(0.002)
-            if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
-                kills += 1
-        _, stderr = process.communicate(timeout=240)
-        if process.returncode == 0:
-            break
-        assert process.returncode == -signal.SIGKILL, stderr.decode()[-2000:]
-    assert kills >= 1 and process.returncode == 0
-    _assert_equal(_weights(whole), _weights(tiny))
+def test_one_process_that_is_killed_while_it_writes_a_checkpoint_ends_where_one_left_alone_does(
+    bare: RunConfig, tmp_path: Path, background: Start
+) -> None:
+    """Of two processes, at more moments: test_killed.py."""
+    bare = bare.model_copy(update={"total_images": 100_000})
+    command = [sys.executable, "-m", "training", "--config", write(bare, tmp_path / "bare.json")]
+    folder = Path(bare.runs) / bare.name / "checkpoints"
+    process = background(command, log=tmp_path / "log", env=environment())
+    assert wait_for(lambda: bool(list(folder.rglob("*"))), process) and process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    finish(process, tmp_path / "log", expected=-signal.SIGKILL)
+    stop = int(weights(bare)["nimg"]) + 4 if list(folder.rglob("state.json")) else 4
+    command += ["--stop-at", str(stop)]
+    finish(background(command, log=tmp_path / "log2", env=environment()), tmp_path / "log2")
+    whole = bare.model_copy(update={"runs": str(tmp_path / "whole")})
+    train(whole, stop_at=stop)
+    assert_equal(weights(whole), weights(bare))
 
 
-def test_sigterm_saves_and_exits_with_a_code_that_kubernetes_retries(tiny: RunConfig, tmp_path: Path) -> None:
-    path = tmp_path / "tiny.json"
-    path.write_text(tiny.model_copy(update={"total_images": 100_000, "checkpoint_every": 50_000}).model_dump_json())
-    process = subprocess.Popen(
-        [sys.executable, "-m", "training", "--config", str(path), "threads=1"],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stderr is not None
-    for line in process.stderr:
-        if "min left" in line:
-            break
+def test_sigterm_saves_and_exits_with_a_code_that_kubernetes_retries(
+    bare: RunConfig, tmp_path: Path, background: Start
+) -> None:
+    config = bare.model_copy(update={"total_images": 100_000, "checkpoint_every": 50_000})
+    command, log = [sys.executable, "-m", "training", "--config", write(config, tmp_path / "c.json")], tmp_path / "log"
+    process = background(command, log=log, env=environment())
+    assert wait_for(lambda: "min left" in log.read_text(), process)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
-    assert process.returncode == 143
-    found = checkpoint.latest(storage.open_prefix(Path(tiny.runs) / "tiny" / "checkpoints"))
-    assert found is not None and found[0] >= 2
+    finish(process, log, expected=143)
+    assert weights(config)["nimg"] >= 2
 
 
-def test_a_run_that_exists_refuses_another_config_unless_it_is_told_to_go_on(tiny: RunConfig) -> None:
-    train(tiny, stop_at=2)
-    other = tiny.model_copy(update={"optimizer": tiny.optimizer.model_copy(update={"lr": 0.5})})
+def test_a_run_that_exists_refuses_another_config_unless_it_is_told_to_go_on(bare: RunConfig) -> None:
+    train(bare, stop_at=2)
+    other = bare.model_copy(update={"optimizer": bare.optimizer.model_copy(update={"lr": 0.5})})
     with pytest.raises(ValueError, match="--allow-change optimizer"):
         train(other)
     outcome = train(other, stop_at=4, allow_change=frozenset({"optimizer"}))
     assert outcome.nimg == 4
-    before = json.loads((Path(tiny.runs) / "tiny" / "config.until-0.json").read_text())
-    assert before["optimizer"]["lr"] == tiny.optimizer.lr
+    before = json.loads((Path(bare.runs) / bare.name / "config.until-0.json").read_text())
+    assert before["optimizer"]["lr"] == bare.optimizer.lr
 
 
-def test_a_tracker_that_fails_does_not_stop_training(tiny: RunConfig, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tracker_that_fails_does_not_stop_training(
+    bare: RunConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("mlflow")
-    outcome = train(tiny.model_copy(update={"mlflow": "http://127.0.0.1:9", "total_images": 2}))
+    monkeypatch.setattr("training.loop.FINISH_PATIENCE", 2.0)  # a minute, so that the model is delivered
+    outcome = train(bare.model_copy(update={"mlflow": "http://127.0.0.1:9", "total_images": 2}))
     assert outcome.finished
     assert "is away" in caplog.text

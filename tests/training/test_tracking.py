@@ -160,14 +160,14 @@ def test_what_a_killed_server_missed_arrives_with_its_own_times_after_a_restart_
 
 
 def test_a_run_with_a_server_that_never_answers_is_as_fast_as_one_without_and_can_be_delivered_later(
-    tiny: RunConfig, server: Server, caplog: pytest.LogCaptureFixture
+    bare: RunConfig, server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     silent = socket.socket()  # takes connections and says nothing
     silent.bind(("127.0.0.1", 0))
     silent.listen(50)
     try:
-        config = tiny.model_copy(update={"mlflow": f"http://127.0.0.1:{silent.getsockname()[1]}", "total_images": 6})
+        config = bare.model_copy(update={"mlflow": f"http://127.0.0.1:{silent.getsockname()[1]}", "total_images": 6})
         began = time.monotonic()
         outcome = train(config.model_copy(update={"total_images": 4, "name": "warm", "mlflow": None}))
         without = time.monotonic() - began

@@ -73,9 +73,9 @@ def _elastic(rank: int, master: str) -> dict[str, str]:
 
 
 def test_two_hosts_end_with_the_weights_of_one(
-    tiny: RunConfig, tmp_path: Path, hosts: list[tuple[str, str]], module_background: Start
+    bare: RunConfig, tmp_path: Path, hosts: list[tuple[str, str]], module_background: Start
 ) -> None:
-    base = tiny.model_copy(update={"batch": 4, "total_images": 12, "checkpoint_every": 8, "runs": str(tmp_path)})
+    base = bare.model_copy(update={"batch": 4, "total_images": 12, "checkpoint_every": 8, "runs": str(tmp_path)})
     one = base.model_copy(update={"name": "one-host"})
     reference = launch(module_background, 2, ["--config", write(one, tmp_path / "one.json")], log=tmp_path / "one.log")
     finish(reference, tmp_path / "one.log")

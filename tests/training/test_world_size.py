@@ -14,10 +14,10 @@ from training.config import RunConfig
 
 
 def test_two_processes_then_one_then_three_use_every_sample_of_every_epoch_once(
-    tiny: RunConfig, tmp_path: Path, background: Start
+    bare: RunConfig, tmp_path: Path, background: Start
 ) -> None:
     # 24 samples an epoch; the world changes in the middle of the first and of the second.
-    config = tiny.model_copy(update={"batch": 6, "total_images": 48, "checkpoint_every": 6, "log_every": 6})
+    config = bare.model_copy(update={"batch": 6, "total_images": 48, "checkpoint_every": 6, "log_every": 6})
     path, used = write(config, tmp_path / "config.json"), str(tmp_path / "used")
 
     def note(nimg: int, indices: NDArray[np.int64]) -> None:

@@ -1,7 +1,7 @@
 """What torchrun starts in tests that must look into a run or disturb it: several runs one after another in the same
 processes, the samples each used, and losses that are not finite on one process alone.
 
-``worker.py CONFIG... [--indices FILE] [--stop-at N] [--poison RANK:FIRST:LAST]``
+``worker.py CONFIG... [--indices FILE] [--stop-at N] [--poison RANK:FIRST:LAST ...]``
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ def main() -> None:
     parser.add_argument("configs", nargs="+")
     parser.add_argument("--indices")
     parser.add_argument("--stop-at", type=int)
-    parser.add_argument("--poison", help="RANK:FIRST:LAST, images made from nimg FIRST to LAST are NaN there")
+    parser.add_argument(
+        "--poison", action="append", default=[], help="RANK:FIRST:LAST, images from nimg FIRST to LAST are NaN there"
+    )
     arguments = parser.parse_args()
     configs = [load(path) for path in arguments.configs]
     torch.set_num_threads(1)
@@ -37,11 +39,11 @@ def main() -> None:
                 file.write(json.dumps({"nimg": nimg, "indices": indices.tolist()}) + "\n")
 
     if arguments.poison:
-        rank, first, last = map(int, arguments.poison.split(":"))
+        ranges = [tuple(map(int, given.split(":"))) for given in arguments.poison]
         step = Trainer.step
 
         def poisoned(self: Trainer, images: torch.Tensor, identities: torch.Tensor, nimg: int, **more: int):  # type: ignore[no-untyped-def]
-            if world.rank == rank and first <= nimg < last:
+            if any(world.rank == rank and first <= nimg < last for rank, first, last in ranges):
                 images = images * float("nan")
             return step(self, images, identities, nimg, **more)
 
