@@ -50,11 +50,12 @@ def evaluate(
     ablations: Annotated[Path, typer.Option(help="What train-ablations wrote.")] = Path("runs/ablations"),
     clips: Annotated[Path | None, typer.Option(help="Folder of videos, for the part video.")] = None,
     sweep_codes: Annotated[
-        int | None, typer.Option(min=2, help="Codes the sweep tries a face; 65536 are all of 16 bits. [2048]")
+        int | None, typer.Option(min=2, help="Codes the sweep tries a face; 65536 are all of 16 bits. [1024]")
     ] = None,
     gates_file: Annotated[
         Path | None, typer.Option("--gates", help="Conditions for promotion. [services/promote/gates.yaml]")
     ] = None,
+    asked: Annotated[Path | None, typer.Option("--study", help="What study-score wrote, for the report.")] = None,
     mlflow: Annotated[str | None, typer.Option(help="Tracking URI; the report goes there too.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be measured, and stop.")] = False,
 ) -> None:
@@ -71,6 +72,7 @@ def evaluate(
     from services import gates
     from services.evaluate import report, setup, tracking
     from services.evaluate import run as runs
+    from services.evaluate import study as studies
 
     console = Console(stderr=True)
     ready = setup.prepare(
@@ -95,9 +97,11 @@ def evaluate(
         console,
     )
     rules = gates.load(gates_file or gates.DEFAULT)
+    people = studies.scores(asked, ready.context.subject.digest) if asked else {}
     with ready.context.progress.run():
         results = runs.run(ready.context, names, out, ready.fingerprint)
     flat = runs.flatten(results, ready.meta)
+    flat |= people
     verdicts = gates.check(rules, flat)
     flat["gates.passed"], flat["gates.count"] = sum(v.passed for v in verdicts), len(verdicts)
     out.mkdir(parents=True, exist_ok=True)
@@ -235,7 +239,7 @@ def study_score(
         table.add_row(question, f"{share:.1f} % [{low:.1f}, {high:.1f}]", count, theirs)
     Console().print(table)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(result.figures, indent=1) + "\n")
+    out.write_text(json.dumps({"study.id": json.loads(key.read_text())["study"], **result.figures}, indent=1) + "\n")
     typer.echo(out)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
 
-from services.evaluate import baselines, judges
+from services.evaluate import baselines, judges, paper
 from services.evaluate.files import LOSSY
 from services.evaluate.parts import ablations, verification
 from services.evaluate.parts.attacks_known import KNOWN_PAIRS
@@ -23,6 +23,8 @@ WORDS: Final[dict[str, tuple[str, ...]]] = {
     "codec": LOSSY,
     "kind": ("I", "A", "R", "WR"),
     "metric": ("lpips", "dssim", "l1", "l2", "psnr"),
+    "asked": tuple(paper.SAME_PERSON),
+    "made": tuple(paper.MORE_REAL),
     "network": (*judges.JUDGES, "alexnet"),
     "baseline": baselines.NAMES,
     "ablation": ablations.NAMES,
@@ -100,6 +102,11 @@ KEYS: Final[dict[str, tuple[Key, ...]]] = {
     "realism": (
         Key("realism.n", "faces on either side"),
         Key("realism.frechet.<network>.<kind>", "Frechet distance to real faces of other people; not FID", "n"),
+    ),
+    "study": (
+        Key("study.id", "which study, with `--study`: digest of its model, seed, number of questions"),
+        Key("study.<asked>.same", "share of pairs that people took for one person", "interval"),
+        Key("study.<made>.more-real", "share of made faces that people took for the real one of two", "interval"),
     ),
     "diversity": (
         Key("diversity.passwords", "passwords a face"),

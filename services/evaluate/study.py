@@ -124,6 +124,22 @@ def score(answers: Mapping[str, Any], key: Mapping[str, Any]) -> Result:
     return result
 
 
+def scores(file: Path, digest: str) -> dict[str, Any]:
+    """What ``study-score`` wrote, for a report on the model with this digest.
+
+    Raises:
+        StudyError: it is of another model, or no such file.
+    """
+    try:
+        flat: dict[str, Any] = json.loads(file.read_text())
+        of = str(flat["study.id"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StudyError(f"{file} is not what study-score writes") from error
+    if not of.startswith(digest[:12]):
+        raise StudyError(f"{file} is a study of the model {of.partition('-')[0]}, not of {digest[:12]}")
+    return flat
+
+
 def merge(files: list[Path]) -> dict[str, Any]:
     """Several participants' answers to one study.
 

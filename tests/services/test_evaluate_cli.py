@@ -166,6 +166,12 @@ def test_a_person_does_the_study_in_a_browser_and_the_answers_are_scored(made: P
     for kind in ("A", "WR"):
         left = [q["truth"] == "left" for q in key.values() if q["ask"] == "real" and q["kind"] == kind]
         assert shares[f"study.{kind}.more-real"] == sum(left) / len(left), "left was always answered"
+    assert keys.unknown(shares) == []
+    assert study.scores(out, shares["study.id"].partition("-")[0]) == shares
+    with pytest.raises(study.StudyError, match="is a study of the model"):
+        study.scores(out, "0" * 64)
+    with pytest.raises(study.StudyError, match="not what study-score writes"):
+        study.scores(made / "study-key.json", "0" * 64)
 
 
 def test_answers_to_another_study_are_refused(made: Path, tmp_path: Path) -> None:

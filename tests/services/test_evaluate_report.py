@@ -134,7 +134,20 @@ def test_the_report_has_a_section_for_all_of_the_paper_and_beyond(written: Writt
     for anchor in ("gates", "same-person", "recovery", "realism", "diversity", "detection", "background", "ablations",
                    "attacks", "runtime", "video"):  # fmt: skip
         assert f'id="{anchor}"' in html, anchor
-    assert "paper 0.04" in html and "4.7 %" in html and "28.9 %" in html and "0.0266" in html
+    assert (
+        "paper 0.24" in html and "the paper, FFHQ" in html and "4.7 %" in html and "28.9 %" in html and "0.0266" in html
+    )
+
+
+def test_what_people_said_of_the_model_stands_beside_what_they_said_in_the_paper(written: Written) -> None:
+    study = {f"study.I-A.same{end}": value for end, value in (("", 0.123), (".low", 0.1), (".high", 0.2), (".n", 100))}
+    tables = {s.anchor: s.tables for s in report.sections(written.flat | study, written.results)}
+    table = tables["same-person"][0]
+    column = list(table.columns).index("people asked (this model)")
+    assert [row[column].text for row in table.rows if row[0].detail in ("I-A", "I-R")] == ["12.3 %", "-"]
+    assert "people asked (this model)" in tables["realism"][-1].columns
+    without = {s.anchor: s.tables for s in report.sections(written.flat, written.results)}
+    assert "people asked (this model)" not in without["same-person"][0].columns
 
 
 def test_what_was_not_measured_is_there_with_its_reason(written: Written) -> None:
