@@ -30,8 +30,8 @@ class Sizes:
     passwords: int = 32
     bits: int = 12  # faces whose every bit is flipped
     photos: int = 24  # whole pictures
-    sweep_faces: int = 5
-    sweep_codes: int = 2048  # 65536 is all of them
+    sweep_faces: int = 6
+    sweep_codes: int = 1024  # 65536 is all of them
     candidates_faces: int = 24
     candidates_codes: int = 32
     climbs: int = 8

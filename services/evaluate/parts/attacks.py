@@ -15,7 +15,7 @@ from scipy.stats import rankdata
 
 from mien import passwords
 from mien.networks.blocks import head_mask
-from services.evaluate import attackers, distances, files, intervals
+from services.evaluate import attackers, distances, intervals
 from services.evaluate.chain import Codes, save_array
 from services.evaluate.context import Context
 from services.evaluate.distances import Floats, Pixels
@@ -29,8 +29,8 @@ _CHUNK: Final = 256  # codes tried at a time
 
 
 def apply_codes(context: Context, face: Pixels, codes: Codes) -> Pixels:
-    """One face ``[S, S, 3]`` under many codes, saved."""
-    return files.save(context.subject.transform(np.repeat(face[None], len(codes), axis=0), codes))
+    """One face ``[S, S, 3]`` under many codes, as 8-bit pictures: what a PNG of each would hold."""
+    return context.subject.transform(np.repeat(face[None], len(codes), axis=0), codes)
 
 
 def fast_judge(context: Context) -> Judge:
@@ -162,7 +162,7 @@ def candidates(context: Context) -> Result:
             rng = np.random.default_rng([context.seed, 7, i])
             right = context.chain.codes["right"][i]
             codes = np.concatenate([right[None], other_codes(right, wrong, rng)])
-            hidden = context.chain("A")[i]
+            hidden = context.chain("A", faces)[i]
             made = apply_codes(context, hidden, codes)
             for name, value in _scores(context, hidden, made, codes, looks).items():
                 found.setdefault(name, []).append(value)
@@ -223,7 +223,7 @@ def _scores(
     out["best-detected"] = np.array(confident)
     values = made.astype(np.float64)
     out["smoothest"] = -np.abs(np.diff(values, 2, axis=1)).mean(axis=(1, 2, 3))
-    again = files.save(context.subject.transform(made, ~codes))
+    again = context.subject.transform(made, ~codes)
     out["round-trip"] = -distances.l1(np.repeat(hidden[None], len(made), axis=0), again)
     if context.subject.transform_float is not None:
         exact = context.subject.transform_float(distances.to_tensor(np.repeat(hidden[None], len(codes), axis=0)), codes)

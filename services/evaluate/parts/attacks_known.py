@@ -49,7 +49,7 @@ def known_plaintext(context: Context) -> Result:
     opened, victims = [], []
     with context.progress.stage("known plaintext", count) as advance:
         for i in range(count):
-            original, hidden = context.sample.faces.images[i], context.chain("A")[i]
+            original, hidden = context.sample.faces.images[i], context.chain("A", count)[i]
             truth = context.chain.codes["first"][i]
             rng = np.random.default_rng([context.seed, 9, i])
 
