@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import socket
 import sys
 import time
@@ -24,6 +22,7 @@ from mien import networks, store
 from services import gates
 from services.promote import cli, promotion
 from services.promote.registry import Event, Registry, RegistryError
+from tests.training.launch import environment
 
 mlflow = pytest.importorskip("mlflow")
 pytest.importorskip("sqlalchemy", reason="an MLflow server needs the whole of mlflow, not mlflow-skinny")
@@ -52,7 +51,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, module_background: Callable
             *("--artifacts-destination", str(folder / "artifacts")),
         ],
         log=log,
-        env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        env=environment(MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false"),
     )
     deadline = time.monotonic() + 90
     with pytest.MonkeyPatch.context() as patch:
@@ -302,12 +301,18 @@ def test_the_command_of_the_cluster_s_job_runs_as_it_is(
     assert final == {2, cli.REFUSED}
     given = {v["name"]: v["value"] for v in container["env"] if "value" in v}
     assert given.pop("HOME") == "/tmp"
-    env = os.environ | given | {"HOME": str(tmp_path), "MIEN_ACTOR": "mien-promote-1", "MLFLOW_TRACKING_URI": server}
+    env = environment(**given, HOME=str(tmp_path), MIEN_ACTOR="mien-promote-1", MLFLOW_TRACKING_URI=server)
     command = [sys.executable, *container["args"][1:], "--name", model.name]
+    version = None
+    if job == "promote":
+        version, digest = model.register(1)
+        model.judge(digest)
     log = tmp_path / "log"
     process = background(command, log=log, env=env)
     assert process.wait(timeout=120) == code, log.read_text()
-    assert signal.SIGTERM + 128 not in final
+    assert model.champion == version
+    if version is not None:
+        assert model.trail(version) == [("promoted", "mien-promote-1", None)]
 
 
 def test_an_event_reads_as_a_sentence() -> None:
