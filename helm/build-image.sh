@@ -26,7 +26,13 @@ fi
 version=$(sed -n 's/^version = "\(.*\)"$/\1/p' pyproject.toml)
 revision=$(git rev-parse HEAD 2> /dev/null || echo unknown)
 tag=${IMAGE_TAG:-$name:$version}
-arguments=(-f "$folder/Dockerfile" -t "$tag" --build-arg "VERSION=$version" --build-arg "REVISION=$revision")
+arguments=(-f "$folder/Dockerfile")
+# A part of the image (--target sbom) must not take the name of the whole.
+case " $* " in
+  *" --target"*) tag="a part of $tag" ;;
+  *) arguments+=(-t "$tag") ;;
+esac
+arguments+=(--build-arg "VERSION=$version" --build-arg "REVISION=$revision")
 if [ -n "${BASE_IMAGE:-}" ]; then arguments+=(--build-arg "BASE_IMAGE=$BASE_IMAGE"); fi
 if [ -n "${TOOLS_IMAGE:-}" ]; then arguments+=(--build-arg "TOOLS_IMAGE=$TOOLS_IMAGE"); fi
 if [ -n "${CA_BUNDLE:-}" ]; then arguments+=(--secret "id=ca,src=$CA_BUNDLE"); fi

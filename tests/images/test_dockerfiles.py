@@ -73,10 +73,17 @@ def test_authorities_are_a_secret_and_packages_have_hashes(folder: str) -> None:
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_the_projects_own_code_is_copied_so_that_no_cache_keeps_an_older_one(folder: str) -> None:
-    """buildah's cache key of a RUN has the text of its mounts, not their content: only uv, which never changes."""
+    """buildah's cache key of a RUN has the text of its mounts, not their content: only uv, which never changes.
+
+    And buildah up to 1.28 mounts from a cached stage only where a stage of the same target copies from it.
+    """
     mounted = {source for line in lines(folder) if line.startswith("RUN") for source in re.findall(r"from=(\w+)", line)}
     assert mounted == {"tools"}
     assert sum(line.startswith("COPY --from=wheel ") for line in lines(folder)) == 1
+    text = lines(folder)
+    first = text.index("FROM core AS packages")
+    packages = text[first : text.index("FROM packages AS sbom-build")]
+    assert any(line.startswith("COPY --from=tools ") for line in packages)
 
 
 def test_nothing_enters_the_build_that_was_not_named() -> None:
@@ -129,6 +136,24 @@ def test_the_build_scripts_say_what_they_build_and_pass_on_what_they_are_given(
     assert said[4].startswith(f"{name}:")
     assert {"BASE_IMAGE=localhost/base:1", "id=ca,src=/etc/authorities.pem", "host"} <= set(said)
     assert said[-1] == f"built {said[4]}"
+
+
+def test_a_part_of_an_image_does_not_take_the_name_of_the_whole(tmp_path: Path) -> None:
+    builder = tmp_path / "recorder"
+    builder.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    builder.chmod(0o755)
+    done = subprocess.run(
+        [ROOT / "serving" / "build.sh", "--target", "sbom", "--output", "sbom"],
+        env={"PATH": "/usr/bin:/bin", "BUILDER": str(builder)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    said = done.stdout.splitlines()
+    assert "-t" not in said
+    assert {"--target", "sbom", "--output"} <= set(said)
+    assert said[-1].startswith("built a part of mien-serve:")
 
 
 def test_without_a_builder_the_script_says_so(tmp_path: Path) -> None:
