@@ -56,7 +56,7 @@ def service(module_background: Start, tmp_path_factory: pytest.TempPathFactory) 
         env=ENVIRONMENT | {"MIEN_GRPC_PORT": str(grpc), "MIEN_WORKERS": "2", "MIEN_CPU_THREADS": "1",
                            "HOME": str(folder), "BENTOML_HOME": str(folder / "bentoml")},
     )  # fmt: skip
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while True:
         try:
             urllib.request.urlopen(f"http://127.0.0.1:{http}/readyz", timeout=2).close()
@@ -119,7 +119,7 @@ def test_registered_candidates_are_promoted_or_refused_and_rolled_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")  # so that it is put back
     monkeypatch.chdir(tmp_path)  # where MLflow lays artifacts without a server
     from services import gates
     from services.promote import promotion
@@ -130,11 +130,11 @@ def test_registered_candidates_are_promoted_or_refused_and_rolled_back(
     def decide() -> str | None:
         return promotion.promote(registry, rules, who="a test").champion
 
-    made = [program("registry.py", "good", "1")]
+    made = [program("registry.py", "good", "1", uri)]
     assert decide() == made[0]["version"]
-    made.append(program("registry.py", "good", "2"))
+    made.append(program("registry.py", "good", "2", uri))
     assert decide() == made[1]["version"]
-    program("registry.py", "bad", "3")
+    program("registry.py", "bad", "3", uri)
     with pytest.raises(promotion.Refused):
         decide()
     assert promotion.roll_back(registry, who="a test").champion == made[0]["version"]

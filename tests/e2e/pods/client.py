@@ -18,10 +18,13 @@ from round_trip import PASSWORD, WRONG, distance, synthetic
 
 
 def post(base: str, operation: str, image: bytes, **fields: str) -> httpx.Response:
-    """One request over a connection of its own, so that each is balanced anew."""
+    """One request over a connection of its own, so that each is balanced anew.
+
+    A pod that is killed takes its address with it: what was under way hears nothing more, and must not wait for long.
+    """
     files = {"image": ("synthetic.png", image, "image/png")}
     data = {"aligned": "true"} | fields
-    return httpx.post(f"{base}/v1/{operation}", files=files, data=data, timeout=40.0)
+    return httpx.post(f"{base}/v1/{operation}", files=files, data=data, timeout=httpx.Timeout(15.0, connect=3.0))
 
 
 def model(base: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""``registry.py good|bad SEED``: a small fresh model in MLflow as ``mien@candidate``, with a report that passes or not.
+"""``registry.py good|bad SEED URI``: a small fresh model in MLflow as ``mien@candidate``, with a report of its own.
 
-In the training image; MLFLOW_TRACKING_URI names the server. The figures are made up, since this is about who moves what
-and who follows. The last line of the output is a JSON object with the version and its digest.
+In the training image. The figures of the report are made up, all on one side of the gates, since this is about who
+moves what and who follows. The last line of the output is a JSON object with the version and its digest.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ def figures(good: bool) -> dict[str, float]:
 
 
 def main() -> None:
-    good, seed = sys.argv[1] == "good", int(sys.argv[2])
-    client, uri = MlflowClient(), os.environ["MLFLOW_TRACKING_URI"]
+    good, seed, uri = sys.argv[1] == "good", int(sys.argv[2]), sys.argv[3]
+    os.environ["MLFLOW_TRACKING_URI"] = uri  # artifacts go by it too
+    client = MlflowClient(uri, uri)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = model(folder / "model", seed)
