@@ -37,6 +37,7 @@ class Sizes:
     climbs: int = 8
     known_codes: int = 256
     linking: int = 100
+    latent_train: int = 4000
     attack_train: int = 1200  # faces attackers learn from
     attack_images: int = 1600  # images they see
     attack_test: int = 200

@@ -15,7 +15,7 @@ from typing import Any, Final
 from services.evaluate import baselines, judges, paper
 from services.evaluate.files import LOSSY
 from services.evaluate.parts import ablations, verification
-from services.evaluate.parts.attacks_known import KNOWN_PAIRS
+from services.evaluate.parts.attacks_rotations import KNOWN_PAIRS
 
 WORDS: Final[dict[str, tuple[str, ...]]] = {
     "judge": tuple(judges.JUDGES),
@@ -201,6 +201,13 @@ KEYS: Final[dict[str, tuple[Key, ...]]] = {
         Key("attack.recovery-classifier.success", "R and WR told apart", "interval"),
         Key("attack.recovery-classifier.chance", "0.5"),
         Key("attack.recovery-classifier.auc", "area under its curve", "n"),
+        Key("attack.latent-likelihood.success", "the right code's latents are the likeliest of all tried", "interval"),
+        Key("attack.latent-likelihood.chance", "1 / codes tried"),
+        Key("attack.latent-likelihood.codes-tried", "codes tried a face, the right one among them"),
+        Key("attack.latent-likelihood.auc", "chance that the right one is likelier than a wrong one", "interval"),
+        Key(
+            "attack.latent-likelihood.wrong-codes-above", "wrong codes that are likelier, of all there are", "interval"
+        ),
         Key("attack.sweep.success", "the best match of all codes tried is the person", "interval"),
         Key("attack.sweep.chance", "1 / gallery"),
         Key("attack.sweep.without-sweep", "the best match of A itself is the person", "interval"),

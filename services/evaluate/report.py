@@ -11,7 +11,7 @@ from mien.store import write_atomically
 from services.evaluate import baselines, keys, paper, plots
 from services.evaluate.figures import Result
 from services.evaluate.parts import ablations
-from services.evaluate.parts.attacks_known import KNOWN_PAIRS
+from services.evaluate.parts.attacks_rotations import KNOWN_PAIRS
 from services.gates import Verdict
 
 Flat = Mapping[str, Any]
@@ -89,6 +89,7 @@ ATTACKS: Final = {
         )
         for n in KNOWN_PAIRS
     },
+    "latent-likelihood": ("likeliest latents", "model and design, A", "the right code comes first of all tried"),
     "invariants": ("what no rotation changes", "model and design, A, a gallery", "the nearest is the person"),
     "linking": (
         "linking two pictures", "two A of one password", "two photos of one person pass as one; chance: of two people"

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from services.evaluate.attackers import Advance
 from services.evaluate.chain import Codes
 from services.evaluate.distances import Floats, Pixels, to_pixels, to_tensor
 
@@ -68,13 +69,14 @@ def _bits(network: nn.Module) -> int:
 
 
 @torch.no_grad()
-def latents(network: nn.Module, pictures: Pixels) -> list[Floats]:
+def latents(network: nn.Module, pictures: Pixels, advance: Advance = lambda done: None) -> list[Floats]:
     """What is turned, of uint8 ``[M, S, S, 3]``: float ``[M, K]``, symmetric and antisymmetric coordinates apart."""
     taps = [_Tap() for _ in network.turns]  # type: ignore[union-attr]
     tapped = _replaced(network, list(taps))
     for start in range(0, len(pictures), 64):
         images = to_tensor(pictures[start : start + 64])
         tapped(images, images.new_zeros(len(images), _bits(network)))
+        advance(len(images))
     return [torch.cat(tap.seen).numpy() for tap in taps]
 
 
@@ -126,6 +128,36 @@ def search(network: nn.Module, original: Pixels, hidden: Pixels, codes: Codes) -
         turned = turn.inverse(turn(z.expand(len(p), -1), p), -p)  # type: ignore[operator]
         found.append((turned - wanted).square().sum(dim=1))
     return int(torch.cat(found).argmin())
+
+
+class Prior:
+    """A Gaussian over the latents of other faces, float ``[M, K]``, its covariance shrunk towards the diagonal."""
+
+    def __init__(self, others: Floats, shrink: float = 0.3) -> None:
+        self.mean = others.mean(axis=0)
+        covariance = np.cov(others, rowvar=False)
+        shrunk = (1 - shrink) * covariance + shrink * np.diag(np.diag(covariance))
+        # Each row of the whitened latents has a squared length that falls with the likelihood.
+        self.whiten = np.linalg.inv(np.linalg.cholesky(shrunk + 1e-9 * np.eye(len(shrunk)))).T
+
+    def __call__(self, z: Tensor) -> Floats:
+        """Log-likelihoods but for a constant, float ``[B]``."""
+        white = (z - torch.from_numpy(self.mean).float()) @ torch.from_numpy(self.whiten).float()
+        out: Floats = (-0.5 * white.square().sum(dim=1)).double().numpy()
+        return out
+
+
+@torch.no_grad()
+def likelihoods(network: nn.Module, hidden: Pixels, codes: Codes, prior: Prior) -> Floats:
+    """How likely what each of ``codes`` makes of one face ``[S, S, 3]`` is under the prior; never makes a picture."""
+    sides = [torch.from_numpy(z).float() for z in latents(network, hidden[None])]
+    turns = [copy.deepcopy(turn).cpu() for turn in network.turns]  # type: ignore[union-attr]
+    found = []
+    for start in range(0, len(codes), _CHUNK):
+        p = torch.from_numpy(codes[start : start + _CHUNK]).float() - 0.5
+        turned = [t.inverse(t(z.expand(len(p), -1), p), -p) for z, t in zip(sides, turns, strict=True)]
+        found.append(prior(torch.cat(turned, dim=1)))
+    return np.concatenate(found)
 
 
 def lengths(network: nn.Module, pictures: Pixels) -> Floats:

@@ -20,7 +20,7 @@ from services.evaluate.context import Context
 from services.evaluate.distances import Pixels, to_pixels, to_tensor
 from services.evaluate.faces import Faces
 from services.evaluate.figures import Result
-from services.evaluate.parts import attacks, attacks_known, attacks_trained
+from services.evaluate.parts import attacks, attacks_known, attacks_rotations, attacks_trained
 from tests.services.stand_ins import BITS, SIZE, context_of, perfect, two_photos_each
 
 Codes = NDArray[np.bool_]
@@ -270,7 +270,7 @@ def spread(people: int = 160) -> Faces:
 
 @pytest.mark.parametrize("bits", [8, 64])
 def test_pairs_of_one_password_open_its_other_pictures_however_long_the_code(bits: int) -> None:
-    found = attacks_known.known_pairs(turning_context(bits, spread()))
+    found = attacks_rotations.known_pairs(turning_context(bits, spread()))
     assert keys.unknown(found.figures) == []
     assert found.figures["attack.known-pairs.1.chance"] <= 0.25
     assert found.figures["attack.known-pairs.8.success"] == found.figures["attack.known-pairs.64.success"] == 1
@@ -296,15 +296,39 @@ def test_pairs_are_no_help_where_every_picture_has_its_own_password() -> None:
 
 def test_what_no_rotation_changes_names_people_and_says_nothing_of_another_kind_of_network() -> None:
     context = turning_context(8, spread())
-    found = attacks_known.invariants(context).figures
+    found = attacks_rotations.invariants(context).figures
     assert found["attack.invariants.success"] >= 0.9 and found["attack.invariants.chance"] < 0.02
     # The same measure on pictures that have nothing of the person in them.
     blank = replace(context.subject, transform=forget)
     context.chain = Chain(blank, context.sample.faces.images, seed=0, progress=context.progress)
-    assert attacks_known.invariants(context).figures["attack.invariants.success"] <= 0.1
+    assert attacks_rotations.invariants(context).figures["attack.invariants.success"] <= 0.1
     other = context_of(perfect, two_photos_each(), climbs=4)
-    for part in (attacks_known.known_pairs, attacks_known.invariants):
+    for part in (attacks_rotations.known_pairs, attacks_rotations.invariants, attacks_rotations.likelihood):
         assert not part(other).figures and "this one does not" in " ".join(part(other).skipped.values())
+
+
+def test_latents_that_hang_together_betray_the_code_and_those_that_do_not_keep_it() -> None:
+    """Faces whose bands are copies of each other but for a little, against faces of independent coordinates."""
+    network = Turning(8)
+    rng = np.random.default_rng(5)
+
+    def of(z: NDArray[np.float64]) -> Faces:
+        pictures = 0.02 * torch.from_numpy(z).float() @ network.basis.T
+        pixels = to_pixels(pictures.view(-1, 3, SIZE, SIZE) * 60)
+        return Faces(pixels, list(range(len(pixels))), ["made"] * len(pixels))
+
+    same = np.tile(rng.normal(size=(600, 6)), 16) + 0.3 * rng.normal(size=(600, 96))
+    for z, betrays in ((same, True), (rng.normal(size=(600, 96)), False)):
+        context = turning_context(8, of(z))
+        found = attacks_rotations.likelihood(context).figures
+        assert keys.unknown(found) == [] and found["attack.latent-likelihood.codes-tried"] == 256
+        if betrays:
+            assert found["attack.latent-likelihood.success"] >= 0.8 and found["attack.latent-likelihood.auc"] >= 0.95
+        else:
+            assert found["attack.latent-likelihood.success"] <= 0.35
+            assert 0.2 <= found["attack.latent-likelihood.auc"] <= 0.8
+    few = turning_context(8, spread())
+    assert "needed" in attacks_rotations.likelihood(few).skipped["attack.latent-likelihood"]
 
 
 # What is trained. --------------------------------------------------------------------------------------------------

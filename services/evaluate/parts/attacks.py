@@ -106,7 +106,7 @@ def sweep(context: Context) -> Result:
     result.number(f"{key}.chance", 1 / len(gallery.owner))
     result.mean(f"{key}.without-sweep", direct)
     result.mean(f"{key}.right-code-first", firsts)
-    result.mean(f"{key}.wrong-codes-above", np.array(beaten) * (total - 1))
+    result.mean(f"{key}.wrong-codes-above", np.array(beaten) * (total - 1), share=False)
     result.number(f"{key}.codes-tried", tried)
     result.number(f"{key}.codes", total)
     result.number(f"{key}.gallery", len(gallery.owner))
