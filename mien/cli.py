@@ -408,7 +408,9 @@ def main() -> None:
         _fail("Interrupted; files written so far are whole.", INTERRUPTED)
     except Exception as error:
         _fail_as_click_does(error)
-    # Without standalone mode `typer.Exit(code)` arrives here as a return value.
+    # Without standalone mode `typer.Exit(code)` arrives here as a return value, and so does typer's own of a Ctrl-C.
+    if code == INTERRUPTED:
+        _fail("Interrupted; files written so far are whole.", INTERRUPTED)
     sys.exit(code if isinstance(code, int) else OK)
 
 
