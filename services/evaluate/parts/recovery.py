@@ -34,5 +34,5 @@ def run(context: Context) -> Result:
         result.skip("recovery.lpips", "no lpips_alex.safetensors in --weights")
     shown = min(8, len(context.sample.faces))
     result.series["grid"] = list(SHOWN)
-    result.picture("faces", grid([[chain(kind, None)[i] for kind in SHOWN] for i in range(shown)]))
+    result.picture("faces", grid([[chain(kind, shown)[i] for kind in SHOWN] for i in range(shown)]))
     return result
