@@ -30,7 +30,7 @@ from tests.helm import chart
 
 IMAGE: Final = os.environ.get("E2E_SERVE_IMAGE", "localhost/mien-serve:0.1.0")
 TRAINING_IMAGE: Final = os.environ.get("E2E_TRAIN_IMAGE", "localhost/mien-train:0.1.0")
-READY_WITHIN: Final = 60.0  # aim: 15 s on an idle machine; this bound is for a busy one
+READY_WITHIN: Final = 120.0  # aim: 15 s on an idle machine; this bound is for a busy one
 
 
 def pod_of_the_chart(user: int, http: int, grpc: int) -> chart.Object:
@@ -65,6 +65,8 @@ class Running:
     http: str
     grpc: str
     seconds_to_ready: float
+    cpu_to_ready: float
+    """Seconds of CPU: what the start costs, however busy the machine is."""
 
 
 def podman(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
@@ -99,9 +101,19 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             assert time.monotonic() - started < READY_WITHIN, podman("logs", container).stderr[-3000:]
             time.sleep(0.1)
         seconds = time.monotonic() - started
-        yield Running(container, user, f"http://127.0.0.1:{http}", f"127.0.0.1:{grpc}", seconds)
+        cpu = cpu_seconds(container)
+        yield Running(container, user, f"http://127.0.0.1:{http}", f"127.0.0.1:{grpc}", seconds, cpu)
     finally:
         podman("play", "kube", "--down", str(file))
+
+
+def cpu_seconds(container: str) -> float:
+    """That a container has used so far, from its control group (version 2, or 1 in nanoseconds)."""
+    script = (
+        "sed -n 's/^usage_usec //p' /sys/fs/cgroup/cpu.stat 2> /dev/null"
+        " || head -c -4 /sys/fs/cgroup/cpuacct/cpuacct.usage"  # without newline and thousands
+    )
+    return int(podman("exec", container, "sh", "-c", script).stdout.strip() or "0") / 1e6
 
 
 def answers(url: str) -> bool:
@@ -115,7 +127,9 @@ def answers(url: str) -> bool:
 @pytest.mark.soak
 def test_it_is_ready_as_a_user_nobody_knows(running: Running) -> None:
     size = json.loads(podman("image", "inspect", IMAGE).stdout)[0]["Size"]
-    sys.stdout.write(f"\n{IMAGE}: {size / 1e9:.2f} GB, ready after {running.seconds_to_ready:.1f} s\n")
+    took = f"{running.seconds_to_ready:.1f} s, {running.cpu_to_ready:.1f} s of CPU"
+    sys.stdout.write(f"\n{IMAGE}: {size / 1e9:.2f} GB, ready after {took}\n")
+    assert 0 < running.cpu_to_ready < 15
     assert podman("exec", running.container, "id", "-u").stdout.strip() == str(running.user)
 
 
