@@ -7,6 +7,7 @@ wheel, so nothing is downloaded.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -33,6 +34,10 @@ class Face:
     """The detector's, in [0, 1]."""
     landmarks: NDArray[np.float64]
     """Eyes, nose, mouth corners in image order, float ``[5, 2]``; see :mod:`mien.geometry`."""
+
+
+_Found = tuple[NDArray[np.float64], float, NDArray[np.float64]]
+"""Box, confidence, landmarks."""
 
 
 class Detector(Protocol):
@@ -107,43 +112,65 @@ class MTCNNDetector:
             ValueError: ``pixels`` is not uint8 ``[H, W, 3]``.
             TooManyFaces: more than ``max_faces``.
         """
-        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-            raise ValueError(f"expected uint8 pixels [H, W, 3], not {pixels.dtype} {pixels.shape}")
-        height, width = pixels.shape[:2]
-        factor = min(1.0, self.long_side / max(height, width))
-        small = pixels
-        if factor < 1:
-            size = (max(1, round(width * factor)), max(1, round(height * factor)))
-            small = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX))
-        # Without one whole window at the first scale MTCNN fails on its empty pyramid.
-        if min(small.shape[:2]) < self.min_face:
-            return []
-        stretch = np.array([width / small.shape[1], height / small.shape[0]])
+        return self.detect_many([pixels])[0]
+
+    def detect_many(self, pictures: Sequence[NDArray[np.uint8]]) -> list[list[Face]]:
+        """:meth:`detect` for several pictures; those of one size go through the networks together.
+
+        What is found in a picture can depend on the others in the last digits: a sum over a batch is rounded otherwise.
+        """
+        searched: list[NDArray[np.uint8]] = []
+        of_shape: dict[tuple[int, ...], list[int]] = {}
+        for i, pixels in enumerate(pictures):
+            if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+                raise ValueError(f"expected uint8 pixels [H, W, 3], not {pixels.dtype} {pixels.shape}")
+            height, width = pixels.shape[:2]
+            factor = min(1.0, self.long_side / max(height, width))
+            small = pixels
+            if factor < 1:
+                size = (max(1, round(width * factor)), max(1, round(height * factor)))
+                small = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX))
+            searched.append(small)
+            # Without one whole window at the first scale MTCNN fails on its empty pyramid.
+            if min(small.shape[:2]) >= self.min_face:
+                of_shape.setdefault(small.shape, []).append(i)
+        found: list[list[Face]] = [[] for _ in pictures]
+        for members in of_shape.values():
+            for i, faces in zip(members, self._run([searched[i] for i in members]), strict=True):
+                found[i] = self._faces(faces, searched[i].shape, pictures[i].shape)
+        return found
+
+    def _faces(self, found: list[_Found], searched: tuple[int, ...], picture: tuple[int, ...]) -> list[Face]:
+        """What was found in the searched copy, in coordinates of the picture."""
+        stretch = np.array([picture[1] / searched[1], picture[0] / searched[0]])
         faces = [
             Face(
                 box=((box.reshape(2, 2) + 0.5) * stretch - 0.5).reshape(4),
                 confidence=confidence,
                 landmarks=(landmarks + 0.5) * stretch - 0.5,
             )
-            for box, confidence, landmarks in self._run(small)
-            if confidence >= self.min_confidence and plausible(landmarks, box, (small.shape[0], small.shape[1]))
+            for box, confidence, landmarks in found
+            if confidence >= self.min_confidence and plausible(landmarks, box, (searched[0], searched[1]))
         ]
         if len(faces) > self.max_faces:
             raise TooManyFaces(f"The picture shows {len(faces)} faces; at most {self.max_faces} are accepted.")
         return sorted(faces, key=lambda face: (-_area(face.box), *face.box))
 
-    def _run(self, pixels: NDArray[np.uint8]) -> list[tuple[NDArray[np.float64], float, NDArray[np.float64]]]:
+    def _run(self, pictures: list[NDArray[np.uint8]]) -> list[list[_Found]]:
         network = self.load()
         # A border, because facenet-pytorch clips windows at the picture's edge and then scales landmarks by the
         # unclipped ones: faces cut by the edge were off by 20 px of 90, or missed. With it they are within 3.
-        border = max(self.min_face, round(max(pixels.shape[:2]) * _BORDER))
-        padded = np.pad(pixels, ((border, border), (border, border), (0, 0)), constant_values=127)
-        boxes, confidences, landmarks = network.detect(padded, landmarks=True)
-        if boxes is None:
-            return []
+        border = max(self.min_face, round(max(pictures[0].shape[:2]) * _BORDER))
+        padded = [np.pad(p, ((border, border), (border, border), (0, 0)), constant_values=127) for p in pictures]
+        results = zip(*network.detect(np.stack(padded), landmarks=True), strict=True)
         return [
-            (np.asarray(b, np.float64) - border, float(c), np.asarray(p, np.float64) - border)
-            for b, c, p in zip(boxes, confidences, landmarks, strict=True)
+            []
+            if boxes is None
+            else [
+                (np.asarray(b, np.float64) - border, float(c), np.asarray(p, np.float64) - border)
+                for b, c, p in zip(boxes, confidences, landmarks, strict=True)
+            ]
+            for boxes, confidences, landmarks in results
         ]
 
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final, Literal
 
@@ -105,11 +106,15 @@ def digest(prefix: str | os.PathLike[str]) -> str:
     return hashlib.sha256(Path(prefix, MANIFEST).read_bytes()).hexdigest()
 
 
-def verify(prefix: str | os.PathLike[str]) -> Manifest:
-    """Read a folder of shards whole and compare it with its manifest.
+def verify(prefix: str | os.PathLike[str], local: Callable[[str], Path] | None = None) -> Manifest:
+    """Read shards whole and compare them with their manifest.
 
     Checks each shard's bytes, sha256 and number of samples, that every sample has a picture and its json, that
     identities are those of the shard's split, and the totals.
+
+    Args:
+        prefix: the folder they lie in; with ``local`` any name for the place.
+        local: gives a file or shard of the place as a local file, which is read before the next is asked for.
 
     Returns:
         The manifest, if all agrees.
@@ -117,12 +122,13 @@ def verify(prefix: str | os.PathLike[str]) -> Manifest:
     Raises:
         ShardError: naming the first disagreement.
     """
-    manifest = read(prefix)
+    local = local or (lambda name: Path(prefix, name))
+    manifest = read(local(MANIFEST).parent)
     seen: dict[Split, int] = dict.fromkeys(SPLITS, 0)
     unlabelled: dict[Split, int] = dict.fromkeys(SPLITS, 0)
     keys: set[str] = set()
     for shard in manifest.shards:
-        path = Path(prefix, shard.name)
+        path = local(shard.name)
         _check_bytes(path, shard)
         people = manifest.identities[shard.split]
         allowed = range(people.first, people.first + len(people.names))

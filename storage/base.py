@@ -45,6 +45,7 @@ class Entry:
 
     name: str  # relative to the prefix
     size: int
+    version: str = ""  # another one when the object was written again: S3's ETag, a file's time of change
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,10 @@ class Cache:
                 held = self._held(sha256)  # somebody else fetched it meanwhile
                 return held if held is not None else self._fetch(place, name, sha256, size)
         except OSError as error:
-            raise of_os(error, self.folder) from error
+            if isinstance(of_os(error, self.folder), StorageFull):  # not even room for a lock
+                return self._in_memory(place, name, sha256, size, str(error))
+            # Never NotFound or AccessDenied, which would be taken for the object's.
+            raise StorageError(f"the cache {self.folder} cannot be used: {error.strerror or error}") from error
 
     def bytes(self) -> int:
         """What it holds and has reserved."""

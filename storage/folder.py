@@ -121,7 +121,8 @@ class Folder:
                 name = path.relative_to(self.path).as_posix()
                 if name.startswith(start) and not (file.startswith(".") and file.endswith(_TEMPORARY)):
                     with suppress(FileNotFoundError):  # deleted since it was listed
-                        found.append(Entry(name, path.stat().st_size))
+                        status = path.stat()
+                        found.append(Entry(name, status.st_size, str(status.st_mtime_ns)))
         yield from sorted(found, key=lambda entry: entry.name)
 
 

@@ -157,7 +157,8 @@ class S3:
             page = self._call("list_objects_v2", "", Prefix=self._prefix + start, **more)
             for item in page.get("Contents", []):
                 if not item["Key"].endswith("/"):  # some stores list folders
-                    yield Entry(item["Key"].removeprefix(self._prefix), int(item["Size"]))
+                    name = item["Key"].removeprefix(self._prefix)
+                    yield Entry(name, int(item["Size"]), str(item.get("ETag", "")).strip('"'))
             if not page.get("IsTruncated"):
                 return
             more = {"ContinuationToken": page["NextContinuationToken"]}

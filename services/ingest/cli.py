@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,8 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+import storage
 from mien.errors import MienError
-from mien.manifest import MANIFEST, SPLITS, Manifest, verify
+from mien.manifest import MANIFEST, SPLITS, Manifest
 from services.ingest import config as configs
 from services.ingest import pipeline
 from services.ingest.config import IngestConfig, IngestError
@@ -25,12 +31,19 @@ _STAGES = {"crop": "cropping faces", "compare": "comparing with the test set", "
 
 @app.command()
 def ingest(
-    out: Annotated[Path, typer.Option(help="Folder for the shards; with --verify, the folder to check.")],
+    out: Annotated[str, typer.Option(help="Folder or s3://bucket/prefix for the shards; with --verify, to check.")],
     config: Annotated[Path | None, typer.Option(help="YAML with sources and settings; options override it.")] = None,
-    source: Annotated[list[Path] | None, typer.Option(help="Folder or uncompressed tar of photos; repeatable.")] = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(help="Photos: a folder, uncompressed .tar, RecordIO .rec, or s3://... of one; repeatable."),
+    ] = None,
     landmarks: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(help="Landmarks (jsonl) of each --source, in the same order; detected where not given."),
+    ] = None,
+    aligned: Annotated[
+        str | None,
+        typer.Option(help="insightface: the photos are crops aligned to its template, as in .rec files usually."),
     ] = None,
     layout: Annotated[str | None, typer.Option(help="people, unlabelled, lfw, casia-webface or ffhq. [people]")] = None,
     licence: Annotated[str | None, typer.Option(help="Terms of use of the --source photos, for the manifest.")] = None,
@@ -62,14 +75,15 @@ def ingest(
 ) -> None:
     """Turn photos into aligned square face crops in WebDataset shards, with a manifest.
 
-    Every file that cannot be used is listed with its reason in rejected.jsonl beside the manifest.
+    Every file that cannot be used is listed with its reason in rejected.jsonl beside the manifest. A run that was cut
+    off goes on where it stopped when the same command is given again. Exit codes: 0 done, 2 something to be mended, 75
+    something that may pass (a store that does not answer, a killed process): give the command again.
     """
     console = Console(stderr=True)
-    if "://" in out.as_posix() or out.as_posix().startswith("s3:/"):
-        raise IngestError(f"ingest writes to a folder, not to {out}; copy the folder to the bucket, manifest last")
+    where = storage.base.join(storage.open_prefix(out).url, MANIFEST)
     if verify_only:
-        _report(console, verify(out))
-        typer.echo(f"sound: {out / MANIFEST}")
+        _report(console, pipeline.verify(out))
+        typer.echo(f"sound: {where}")
         return
     overrides = {
         "split": (0.0, 0.0, 1.0) if test_only else configs.parse_split(split) if split else None,
@@ -85,16 +99,26 @@ def ingest(
         "judge_weights": judge_weights,
         "max_cosine": max_cosine,
     }
-    settings = _settings(config, source or [], landmarks or [], layout, licence, overrides)
+    settings = _settings(config, source or [], landmarks or [], layout, licence, aligned, overrides)
     if test_only:  # also over a split that the YAML gives a source of its own
         sources = tuple(item.model_copy(update={"split": None}) for item in settings.sources)
         settings = settings.model_copy(update={"sources": sources})
     if dry_run:
         _announce(settings, out)
         return
-    if (out / MANIFEST).exists() and not overwrite:
-        raise IngestError(f"{out} holds shards already; give another --out, or --overwrite")
     work = pipeline.plan(settings)  # what is wrong with a source is said before any bar is drawn
+    with _progress(console) as advance:
+        manifest = pipeline.run(settings, out, work=work, workers=workers, overwrite=overwrite, advance=advance)
+    _report(console, manifest)
+    typer.echo(f"{sum(manifest.samples.values())} crops in {len(manifest.shards)} shards: {where}")
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[pipeline.Advance]:
+    """Bars on a terminal; elsewhere, as in a cluster's logs, a line now and then."""
+    if not console.is_terminal:
+        yield _Lines(console)
+        return
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -107,29 +131,49 @@ def ingest(
 
         def advance(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
-                tasks[stage] = progress.add_task(_STAGES[stage], total=total, rate="")
+                tasks[stage] = progress.add_task(_STAGES[stage], total=total, completed=done, rate="")
             speed = progress.tasks[tasks[stage]].speed
             progress.update(tasks[stage], completed=done, rate=f"{speed:.0f}/s" if speed else "")
 
-        manifest = pipeline.run(settings, out, work=work, workers=workers, overwrite=overwrite, advance=advance)
-    _report(console, manifest)
-    typer.echo(f"{sum(manifest.samples.values())} crops in {len(manifest.shards)} shards: {out / MANIFEST}")
+        yield advance
+
+
+class _Lines:
+    """Progress as lines: how many, how fast, how long still."""
+
+    def __init__(self, console: Console, every: float = 10.0) -> None:
+        self._console, self._every = console, every
+        self._stage, self._begun, self._first, self._said = "", 0.0, 0, 0.0
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if stage != self._stage:
+            self._stage, self._begun, self._first, self._said = stage, now, done, now
+            self._console.print(f"{_STAGES[stage]}: {done}/{total}{' done before' if done else ''}", highlight=False)
+        elif done == total or now - self._said >= self._every:
+            self._said = now
+            rate = (done - self._first) / max(now - self._begun, 1e-9)
+            left = timedelta(seconds=round((total - done) / rate)) if rate else "?"
+            self._console.print(f"{_STAGES[stage]}: {done}/{total}, {rate:.0f}/s, {left} left", highlight=False)
 
 
 def _settings(
     config: Path | None,
-    sources: list[Path],
-    landmarks: list[Path],
+    sources: list[str],
+    landmarks: list[str],
     layout: str | None,
     licence: str | None,
+    aligned: str | None,
     overrides: dict[str, Any],
 ) -> IngestConfig:
     """The config of the YAML, or of ``--source``, with what other options say."""
     given = {name: value for name, value in overrides.items() if value is not None}
     if (config is None) == (not sources):
         raise IngestError("give either --config or --source")
-    if config is not None and (landmarks or layout or licence):
-        raise IngestError("--landmarks, --layout and --licence go with --source; in a --config each source has its own")
+    if config is not None and (landmarks or layout or licence or aligned):
+        raise IngestError(
+            "--landmarks, --layout, --licence and --aligned go with --source; in a --config each source has its own"
+        )
     if landmarks and len(landmarks) != len(sources):
         raise IngestError(f"{len(sources)} times --source needs as many --landmarks or none, not {len(landmarks)}")
     try:
@@ -138,8 +182,9 @@ def _settings(
             return IngestConfig.model_validate({**base, **given})
         items = [
             {
-                "name": path.name.removesuffix(".tar") or path.resolve().name,
+                "name": _name(path),
                 "path": path,
+                "aligned": aligned,
                 "landmarks": landmarks[i] if landmarks else None,
                 "layout": layout or "people",
                 "licence": licence or "not stated",
@@ -152,10 +197,16 @@ def _settings(
         raise IngestError(details) from error
 
 
-def _announce(settings: IngestConfig, out: Path) -> None:
+def _name(path: str) -> str:
+    name = path.rstrip("/").rpartition("/")[2] if storage.is_s3(path) else Path(path).name or Path(path).resolve().name
+    return name.removesuffix(".tar").removesuffix(".rec")
+
+
+def _announce(settings: IngestConfig, out: str) -> None:
     """What a run would do, from the lists alone."""
     for work in pipeline.plan(settings):
         where = "landmarks given" if work.landmarks is not None else "faces detected"
+        where = "crops already aligned" if work.source.aligned else where
         people = len({photo.identity for photo in work.photos if photo.identity})
         shares = "/".join(f"{100 * share:g}" for share in work.source.split or settings.split)
         files = f"{work.source.name}: {len(work.photos)} files, {people or 'no'} people"
@@ -185,9 +236,13 @@ def _report(console: Console, manifest: Manifest) -> None:
 
 
 def main() -> None:
-    """Run the command line; what the user can act on is one line on stderr and exit status 2."""
+    """Run the command line; what the user can act on is one line on stderr and exit status 2, or 75 if it may pass."""
     try:
         app()
-    except (MienError, OSError) as error:
+    except (storage.Unreachable, pipeline.WorkerDied) as error:
         typer.echo(f"ingest: {error}", err=True)
+        sys.exit(os.EX_TEMPFAIL)
+    except (MienError, OSError) as error:
+        hint = "; give another --out, or --overwrite" if isinstance(error, FileExistsError) else ""
+        typer.echo(f"ingest: {error}{hint}", err=True)
         sys.exit(2)

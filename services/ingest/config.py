@@ -6,16 +6,19 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from string import Template
-from typing import Literal
+from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mien import geometry
 from mien.errors import MienError
 
 Layout = Literal["people", "unlabelled", "lfw", "casia-webface", "ffhq"]
 Fill = Literal["mirror", "smooth"]
+Aligned = Literal["insightface"]
+# A path, or s3://bucket/key; a Path would make s3:/ of the latter.
+Location = Annotated[str, BeforeValidator(lambda value: os.fspath(value) if isinstance(value, os.PathLike) else value)]
 
 
 class IngestError(MienError):
@@ -27,11 +30,14 @@ class _Config(BaseModel):
 
 
 class Source(_Config):
-    """A folder or an uncompressed tar of photos."""
+    """Photos: a folder, an uncompressed ``.tar``, a RecordIO pair by its ``.rec``, or objects under an S3 prefix."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    path: Path
-    landmarks: Path | None = Field(None, description="jsonl with `file` and `landmarks`; detected where None")
+    path: Location = Field(min_length=1, description="on this machine, or s3://bucket/key of a tar, a rec or a prefix")
+    landmarks: Location | None = Field(None, description="jsonl with `file` and `landmarks`; detected where None")
+    aligned: Aligned | None = Field(
+        None, description="photos are crops aligned to this template, and their landmarks follow from it"
+    )
     layout: Layout = "people"
     namespace: str | None = Field(
         None, description="sources with one namespace share their people; the name of the source by default"
@@ -51,12 +57,18 @@ class Source(_Config):
     def _split(cls, value: tuple[float, float, float] | None) -> tuple[float, float, float] | None:
         return None if value is None else normalised(value)
 
+    @model_validator(mode="after")
+    def _one_origin_of_landmarks(self) -> Source:
+        if self.aligned is not None and self.landmarks is not None:
+            raise ValueError("aligned crops have the landmarks of their template; give either aligned or landmarks")
+        return self
+
 
 class IngestConfig(_Config):
     """One run of ingest."""
 
     sources: tuple[Source, ...] = Field(min_length=1)
-    split: tuple[float, float, float] = Field((80, 10, 10), description="train, val, test, in any unit")
+    split: tuple[float, float, float] = Field((0.8, 0.1, 0.1), description="train, val, test, in any unit")
     seed: int = Field(0, ge=0)
     crop_size: int = Field(geometry.CROP_SIZE, ge=32, le=1024)
     shard_size: int = Field(1000, gt=0, description="samples in a shard, at most")

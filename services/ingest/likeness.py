@@ -13,14 +13,13 @@ import tarfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from mien import manifest as manifests
-from services.ingest.shards import Sample
+from services.ingest.site import Sample
 
 _BATCH = 64
 
@@ -29,7 +28,7 @@ Embeddings = NDArray[np.float32]
 
 def resembling(
     samples: Sequence[Sample],
-    spool: IO[bytes],
+    pictures: Iterable[bytes],
     test_set: Path,
     weights: Path,
     max_cosine: float,
@@ -41,7 +40,8 @@ def resembling(
     its own embedding. Either is set aside where the cosine with any one picture of the test set reaches the limit.
 
     Args:
-        samples: the candidates, their crops in ``spool``.
+        samples: the candidates.
+        pictures: their encoded crops.
         test_set: a folder of shards, all of whose splits count.
         weights: those of MobileFaceNet (casia), or the folder they lie in.
         max_cosine: the limit. The recogniser's same-person threshold (0.297) would also set aside many strangers: each
@@ -71,7 +71,7 @@ def resembling(
 
     names: list[str] = []
     gallery = embedded(_pictures(test_set, known, names))
-    probes = embedded(sample.image(spool) for sample in samples)
+    probes = embedded(pictures)
     of_unit: dict[str, list[int]] = defaultdict(list)
     for index, sample in enumerate(samples):
         of_unit[sample.unit].append(index)

@@ -599,5 +599,5 @@ def test_people_of_the_test_set_are_set_aside_whole_and_others_stay(
 
 @pytest.mark.shared
 def test_comparing_needs_a_sound_test_set(shared: Path, tmp_path: Path) -> None:
-    with open(tmp_path / "spool", "wb+") as spool, pytest.raises(ShardError):
-        resembling([], spool, tmp_path, shared / "weights", 0.5)
+    with pytest.raises(ShardError):
+        resembling([], [], tmp_path, shared / "weights", 0.5)

@@ -81,7 +81,10 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(tmp_path: Path, pho
         (["--out", "x", "--source", "a", "--source", "b", "--landmarks", "l"], "2 times --source needs as many"),
         (["--out", "x", "--source", "a", "--split", "80/20"], "--split '80/20' is not three shares like 80/10/10"),
         (["--out", "x", "--source", "a", "--layout", "heap"], "sources.0.layout"),
-        (["--out", "s3://bucket/faces", "--source", "a"], "writes to a folder"),
+        (["--out", "gs://bucket/faces", "--source", "a"], "expected s3://bucket/prefix"),
+        (["--out", "x", "--source", "a.rec"], "cannot read a.rec: No such file"),
+        (["--out", "x", "--source", "a", "--aligned", "somehow"], "sources.0.aligned"),
+        (["--out", "x", "--source", "a", "--landmarks", "l", "--aligned", "insightface"], "either aligned or"),
         (["--out", "absent", "--verify"], "no manifest.json in absent"),
     ],
 )
@@ -117,6 +120,14 @@ def test_a_config_with_an_unknown_key_or_an_unset_variable_is_refused(tmp_path: 
     path.write_text("sources: [{name: a, path: b}, {name: a, path: c}]\n")
     with pytest.raises(IngestError, match="a name of its own"):
         configs.load(path)
+
+
+def test_people_are_divided_80_10_10_where_nothing_else_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("sources: [{name: a, path: b}]\n")
+    assert configs.load(path).split == pytest.approx((0.8, 0.1, 0.1))
+    path.write_text("sources: [{name: a, path: b}]\nsplit: [80, 10, 10]\n")
+    assert configs.load(path).split == pytest.approx((0.8, 0.1, 0.1))
 
 
 def test_the_configs_that_ship_keep_lfw_for_testing_and_celeba_people_for_validation() -> None:
