@@ -22,6 +22,7 @@ import io
 import json
 import logging
 import os
+import re
 import tarfile
 import threading
 from collections import OrderedDict, deque
@@ -49,6 +50,7 @@ CACHE_LIMIT: Final = 16 << 30
 _FETCHES: Final = 4  # shards on their way at the same time
 _AHEAD: Final = 3  # batches that are decoded before they are due
 _BLOCK: Final = 512  # of a tar
+_IDENTITY: Final = re.compile(rb'\{"identity": (null|[0-9]+)[,}]')
 
 
 class ShardError(MienError):
@@ -436,7 +438,9 @@ def _index(copy: Copy, where: str, expected: int) -> _Open:
                 raise ValueError("only plain files are expected")
             key, _, extension = name.partition(b".")
             if extension == b"json":
-                identity = json.loads(data[position : position + size])["identity"]
+                text = data[position : position + size]
+                found = _IDENTITY.match(text)  # as ingest writes it; parsing all of it takes as long as the rest here
+                identity = json.loads(text)["identity"] if found is None else None if found[1] == b"null" else found[1]
                 labels[key] = -1 if identity is None else int(identity)
             else:
                 pictures[key] = (position, size)
@@ -497,6 +501,7 @@ class Batches:
         self._faces, self._seed, self._size, self._part = faces, seed, size, part
         self._next, self._asked, self._lookahead, self._ahead = nimg, nimg, lookahead, ahead
         self._due: deque[tuple[Indices, Future[Batch]]] = deque()
+        self._planned: deque[Indices] = deque()  # asked for and not yet due: a batch's place is worked out once
         self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         # One at a time: batches are finished in the order in which they are due.
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read")
@@ -514,12 +519,14 @@ class Batches:
         return self
 
     def __next__(self) -> tuple[Indices, Batch]:
+        while self._asked < self._next + max(self._lookahead, self._size * (self._ahead + 1 - len(self._due))):
+            indices = self._faces.indices(self._seed, self._asked, self._size, self._part)
+            self._faces.prefetch(indices)
+            self._planned.append(indices)
+            self._asked += self._size
         while len(self._due) <= self._ahead:
-            indices = self._faces.indices(self._seed, self._next, self._size, self._part)
+            indices = self._planned.popleft()
             self._due.append((indices, self._reader.submit(self._faces.decode, indices, self._decoders)))
             self._next += self._size
-        while self._asked < self._next + self._lookahead:
-            self._faces.prefetch(self._faces.indices(self._seed, self._asked, self._size, self._part))
-            self._asked += self._size
         indices, future = self._due.popleft()
         return indices, future.result()
