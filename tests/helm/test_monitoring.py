@@ -50,7 +50,7 @@ def healthy() -> list[chart.Object]:
         series("mien_queue_depth", "0x60"),
         series("mien_inflight_requests", "1x60"),
         series("mien_requests_total", "0+600x60", f'{POD},operation="anonymize",transport="http",outcome="ok"'),
-        series("mien_model_reloads_total", "0x60", f'{POD},outcome="failed"'),
+        series("mien_model_stale", "0x60"),
     ]
     for bound in ("0.5", "1", "10", "+Inf"):
         labels = f'{POD},operation="anonymize",transport="http",le="{bound}"'
@@ -90,9 +90,19 @@ SCENES: dict[str, tuple[list[chart.Object], str, set[str]]] = {
         [*without("mien_queue_depth"), series("mien_queue_depth", "12x3 0x60")], "30m", set(),
     ),
     "a model that did not load": (
-        [*without("mien_model_reloads"), series("mien_model_reloads_total", "0x20 1x40", f'{POD},outcome="failed"')],
-        "25m",
+        [*without("mien_model_stale"), series("mien_model_stale", "0x10 1x50")],
+        "50m",  # as long as it lasts
         {"MienReloadFailed"},
+    ),
+    "a model that loaded at the second try": (
+        [*without("mien_model_stale"), series("mien_model_stale", "0x10 1x1 0x40")],
+        "12m",
+        set(),
+    ),
+    "a pod that never had a model": (
+        [*without("mien_model"), series("mien_model_stale", "1x60")],
+        "30m",
+        {"MienNoModel"},
     ),
     "two models for long": (
         [*healthy(), series("mien_model_info", "1x60", f'{OTHER},digest="bb",version="0.1.0"')],
