@@ -30,6 +30,7 @@ ABOUT: Final[dict[str, tuple[str, str]]] = {
     "attack-invariants": ("is there something that A keeps of I under every password?", ""),
     "attack-linking": ("do two A of one person betray that they are of one?", "two photos of some people"),
     "attack-hill-climbing": ("climbing over bits by a gallery", "two photos of some people"),
+    "attack-latent-likelihood": ("do the likeliest latents betray the code?", "an eigenface model; `--train-data`"),
     "attack-inverter": ("a trained A to I", "`--train-data`, else other faces of the data"),
     "attack-code-predictor": ("a trained A to p", "the same"),
     "attack-recovery-classifier": ("a trained R or WR", "the same"),

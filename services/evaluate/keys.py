@@ -29,7 +29,7 @@ WORDS: Final[dict[str, tuple[str, ...]]] = {
     "baseline": baselines.NAMES,
     "ablation": ablations.NAMES,
     "side": ("real", "anonymized", "recovered", "wrongly-recovered"),
-    "score": ("best-looking", "best-detected", "smoothest", "round-trip", "grid"),
+    "score": ("best-looking", "best-detected", "shortest", "smoothest", "round-trip", "grid"),
     "file": ("png", *LOSSY),
     "pairs": tuple(str(n) for n in KNOWN_PAIRS),
 }

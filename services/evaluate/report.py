@@ -66,6 +66,7 @@ ATTACKS: Final = {
     ),
     "best-looking": ("likeliest among real faces", "model, A", "the right one of the candidates comes first"),
     "best-detected": ("best detected by MTCNN", "model, A", "the right one comes first"),
+    "shortest": ("shortest PNG", "model, A", "the right one comes first"),
     "smoothest": ("smoothest", "model, A", "the right one comes first"),
     "round-trip": ("round trip back to A", "model, A", "the right one comes first"),
     "grid": ("nearest to whole 8-bit steps", "model, A", "the right one comes first"),
@@ -686,7 +687,7 @@ def _attacks(flat: Flat, series: Mapping[str, Any], pictures: Mapping[str, str])
     ranks = Table(
         ["does the right one of the candidates come out on top?", "area under the curve (chance 0.5)", "first by eight"]
     )
-    for name in ("best-looking", "best-detected", "smoothest", "round-trip", "grid"):
+    for name in ("best-looking", "best-detected", "shortest", "smoothest", "round-trip", "grid"):
         if f"attack.{name}.auc" in flat:
             several = percent(flat, f"attack.{name}.several.success")
             ranks.add(ATTACKS[name][0], number(flat, f"attack.{name}.auc", 3), several)

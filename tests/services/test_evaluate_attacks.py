@@ -126,11 +126,13 @@ def test_candidates_betray_themselves_where_only_the_right_one_is_smooth(smooth:
     # A code and its inverse give the same picture here, so the right one may be tied with another.
     assert found["attack.smoothest.success"] >= 0.7 and found["attack.smoothest.auc"] >= 0.95
     assert found["attack.smoothest.several.success"] >= 0.9
+    assert found["attack.shortest.success"] >= 0.7 and found["attack.shortest.auc"] >= 0.95
 
 
 def test_candidates_say_nothing_where_all_look_alike(noise: Faces) -> None:
     found = figures(attacks.candidates, perfect, noise, candidates_faces=10, candidates_codes=12)
     assert found["attack.smoothest.success"] <= 0.4 and 0.25 <= found["attack.smoothest.auc"] <= 0.75
+    assert found["attack.shortest.success"] <= 0.4 and 0.25 <= found["attack.shortest.auc"] <= 0.75
     assert found["attack.round-trip.auc"] == 0.5, "XOR goes back under every code"
     same = figures(attacks.candidates, ignore, smooth_faces(), candidates_faces=8, candidates_codes=12)
     assert same["attack.smoothest.success"] == pytest.approx(1 / 12), "equal candidates are guessed among"

@@ -6,11 +6,13 @@ such attacks (appendix B); these figures say by how much ours does not.
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import torch
+from PIL import Image
 from scipy.stats import rankdata
 
 from mien import passwords
@@ -145,8 +147,8 @@ def _sweep_one(
 def candidates(context: Context) -> Result:
     """Does the right one of many candidates give itself away: by looks, by the round trip, by its pixels?
 
-    Looks: MTCNN's confidence; likelihood of AlexNet's features among real faces; smoothness. (The paper's appendix
-    would use D, which training does not export.) Round trip: how far ``T_-p' T_p' A`` is from A, files between. Grid:
+    Looks: MTCNN's confidence; likelihood of AlexNet's features among real faces; smoothness; length of the PNG. (The
+    paper's appendix would use D, which training does not export.) Round trip: how far ``T_-p' T_p' A`` is from A. Grid:
     the right one was an 8-bit picture once, so its unrounded values lie nearer to whole steps.
 
     Several: whoever has several pictures of one password adds up what each says of a code. Codes are drawn for every
@@ -198,6 +200,13 @@ def _pooled(rows: Floats, seed: int, several: int = 8, draws: int = 200) -> floa
     return float(((means[:, :1] >= best) / (means >= best).sum(axis=1, keepdims=True)).mean())
 
 
+def png_bytes(picture: Pixels) -> int:
+    """Length of a picture's PNG: what a compressor thinks of it."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "PNG")
+    return len(buffer.getvalue())
+
+
 def _looks(context: Context) -> tuple[object, Floats, Floats] | None:
     """(features, mean, inverse covariance) of real faces of other people; None without the weights or the faces."""
     reference = context.sample.rest.images[: context.sizes.reference]
@@ -222,6 +231,7 @@ def _scores(
     confident = [max((f.confidence for f in context.detector.detect(p)), default=0.0) for p in made]
     out["best-detected"] = np.array(confident)
     values = made.astype(np.float64)
+    out["shortest"] = -np.array([png_bytes(p) for p in made], dtype=np.float64)
     out["smoothest"] = -np.abs(np.diff(values, 2, axis=1)).mean(axis=(1, 2, 3))
     again = context.subject.transform(made, ~codes)
     out["round-trip"] = -distances.l1(np.repeat(hidden[None], len(made), axis=0), again)
