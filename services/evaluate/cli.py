@@ -48,7 +48,7 @@ def evaluate(
     ] = None,
     baselines: Annotated[Path, typer.Option(help="What train-baselines wrote.")] = Path("runs/baselines"),
     ablations: Annotated[Path, typer.Option(help="What train-ablations wrote.")] = Path("runs/ablations"),
-    clips: Annotated[Path | None, typer.Option(help="Folder of videos, for the part video.")] = None,
+    clips: Annotated[Path | None, typer.Option(help="Folder of videos. [made of the faces]")] = None,
     sweep_codes: Annotated[
         int | None, typer.Option(min=2, help="Codes the sweep tries a face; 65536 are all of 16 bits. [1024]")
     ] = None,

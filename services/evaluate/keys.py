@@ -32,6 +32,16 @@ WORDS: Final[dict[str, tuple[str, ...]]] = {
     "score": ("best-looking", "best-detected", "shortest", "smoothest", "round-trip", "grid"),
     "file": ("png", *LOSSY),
     "pairs": tuple(str(n) for n in KNOWN_PAIRS),
+    "setting": (
+        "lossless",
+        "h264-444-crf5",
+        "h264-crf12",
+        "h264-crf17",
+        "h264-crf23",
+        "h265-crf20",
+        "h265-crf28",
+        "av1-crf28",
+    ),
 }
 
 
@@ -145,7 +155,23 @@ KEYS: Final[dict[str, tuple[Key, ...]]] = {
         Key("ablations.<ablation>.l1", "L1 of R against I", "interval"),
         Key("ablations.<ablation>.images-seen", "length of its training"),
     ),
-    "video": (),
+    "video": (
+        Key("video.frames", "frames of the clips"),
+        Key("video.faces", "faces in them, counted in every frame"),
+        Key("video.masked", "of these masked, because their place was not sure"),
+        Key("video.unchanged-frames", "frames that show a face as it was; must be 0", "n"),
+        Key("video.unchanged", "share of faces in frames that are as they were; must be 0", "interval"),
+        Key("video.flicker.l1", "difference of neighbouring frames' aligned faces, anonymized, of 1", "interval"),
+        Key("video.flicker.l1.of-input", "the same of the input", "interval"),
+        Key("video.<judge>.same", "share of faces in frames that pass as the person in that frame", "interval"),
+        Key("video.<judge>.flicker", "1 - cosine of neighbouring frames' faces, anonymized", "interval"),
+        Key("video.<judge>.flicker.of-input", "the same of the input", "interval"),
+        Key("video.<judge>.constancy", "share of a track's anonymized faces that pass as its first one", "interval"),
+        Key("video.<judge>.constancy.of-input", "the same of the input", "interval"),
+        Key("video.codec.<setting>.psnr", "inner face recovered from it, against the input, dB", "interval"),
+        Key("video.codec.<setting>.same", "share that passes as the person, by the headline", "interval"),
+        Key("video.codec.<setting>.kbit", "kbit/s of the anonymized clips", "n"),
+    ),
     "attacks": (
         Key("attack.denial.<file>.success", "the right password no longer gives the person back", "interval"),
         Key("attack.denial.chance", "that through PNG"),
@@ -175,6 +201,13 @@ KEYS: Final[dict[str, tuple[Key, ...]]] = {
         Key("attack.latent-search.success", "one pair and all codes in the latents give the code", "interval"),
         Key("attack.latent-search.chance", "2^-bits"),
         Key("attack.latent-search.seconds", "seconds a pair, all codes tried"),
+        Key("attack.latent-likelihood.success", "the right code's latents are the likeliest of all tried", "interval"),
+        Key("attack.latent-likelihood.chance", "1 / codes tried"),
+        Key("attack.latent-likelihood.codes-tried", "codes tried a face, the right one among them"),
+        Key("attack.latent-likelihood.auc", "chance that the right one is likelier than a wrong one", "interval"),
+        Key(
+            "attack.latent-likelihood.wrong-codes-above", "wrong codes that are likelier, of all there are", "interval"
+        ),
         Key("attack.invariants.success", "the nearest by what no rotation changes is the person's I2", "interval"),
         Key("attack.invariants.chance", "1 / gallery"),
         Key("attack.invariants.of-input", "the same of I instead of A", "interval"),
@@ -201,13 +234,6 @@ KEYS: Final[dict[str, tuple[Key, ...]]] = {
         Key("attack.recovery-classifier.success", "R and WR told apart", "interval"),
         Key("attack.recovery-classifier.chance", "0.5"),
         Key("attack.recovery-classifier.auc", "area under its curve", "n"),
-        Key("attack.latent-likelihood.success", "the right code's latents are the likeliest of all tried", "interval"),
-        Key("attack.latent-likelihood.chance", "1 / codes tried"),
-        Key("attack.latent-likelihood.codes-tried", "codes tried a face, the right one among them"),
-        Key("attack.latent-likelihood.auc", "chance that the right one is likelier than a wrong one", "interval"),
-        Key(
-            "attack.latent-likelihood.wrong-codes-above", "wrong codes that are likelier, of all there are", "interval"
-        ),
         Key("attack.sweep.success", "the best match of all codes tried is the person", "interval"),
         Key("attack.sweep.chance", "1 / gallery"),
         Key("attack.sweep.without-sweep", "the best match of A itself is the person", "interval"),

@@ -51,7 +51,7 @@ SECONDS: Final = {
     "runtime": 15,
     "baselines": 100,
     "ablations": 5,
-    "video": 5,
+    "video": 100,
     "attack-denial": 5,
     "attack-candidates": 60,
     "attack-known-plaintext": 60,
