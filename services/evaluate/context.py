@@ -38,6 +38,7 @@ class Sizes:
     known_codes: int = 256
     linking: int = 100
     latent_train: int = 4000
+    latent_codes: int = 8192
     attack_train: int = 1200  # faces attackers learn from
     attack_images: int = 1600  # images they see
     attack_test: int = 200

@@ -81,17 +81,18 @@ ATTACKS: Final = {
     "known-plaintext.climb.other-picture": (
         "... the code it ends at", "the same, and another picture of that password", "it opens: passes as the person"
     ),
-    "latent-search": ("... all codes in the latents", "the same, and the design", "the exact code is found"),
+    "latent-search": ("... the codes of A's likeness, in the latents", "the same, and the design", "the exact code"),
     **{
         f"known-pairs.{n}": (
-            f"rotation solved from {n} known pair{'s' if n > 1 else ''}",
+            f"{n} known pair{'s' if n > 1 else ''}",
             "model and design, pairs of one password",
             "another picture is opened: passes as the person; chance: A does",
         )
         for n in KNOWN_PAIRS
     },
     "latent-likelihood": ("likeliest latents", "model and design, A", "the right code comes first of all tried"),
-    "invariants": ("what no rotation changes", "model and design, A, a gallery", "the nearest is the person"),
+    "likeness": ("the likeness read from A", "model and design, A", "the one the code picked"),
+    "invariants": ("what no code changes", "model and design, A, a gallery", "the nearest is the person"),
     "linking": (
         "linking two pictures", "two A of one password", "two photos of one person pass as one; chance: of two people"
     ),
@@ -678,11 +679,13 @@ def _attacks(flat: Flat, series: Mapping[str, Any], pictures: Mapping[str, str])
             f" {hours:,.1f} hours; a code of 64 bits would take {hours * 2.0 ** (64 - float(flat['model.bits'])):.0e}."
             " Codes are tried without deriving them from passwords, so the key derivation does not slow this down."
         )
-    if "attack.known-pairs.band" in flat:
+    if "attack.likeness.bits-told" in flat:
+        told, bits = float(flat["attack.likeness.bits-told"]), float(flat["model.bits"])
         section.text.append(
-            f"This network turns at most {flat['attack.known-pairs.band']:.0f} coordinates among themselves: as many"
-            " pairs of original and anonymized picture under one password open every other picture of that password,"
-            " without its code and whatever its length. Never give out an original that was published anonymized."
+            f"The face that A shows is one of {2.0**told:,.0f} likenesses, which the code picks: where it is read,"
+            f" {told:.0f} of its {bits:.0f} bits are known. And for one password the hidden face is an affine function"
+            " of the picture: enough pairs of original and anonymized picture open every other picture of that password,"
+            " whatever the length of its code. Never give out originals of what was published anonymized."
         )
     ranks = Table(
         ["does the right one of the candidates come out on top?", "area under the curve (chance 0.5)", "first by eight"]

@@ -1,14 +1,17 @@
-"""Attacks on a network that turns latents by keyed rotations (eigenface), by who knows that it does.
+"""Attacks on the eigenface transformer (:mod:`mien.networks.eigenface`) by who knows how it works.
 
-There T_p = U^{-1} R_p U, U is public, and R_p is linear: an orthogonal matrix in each band of coordinates. Pairs
-(U I, U A) of one password give R_p by least squares (orthogonal Procrustes, Schoenemann 1966), however long the code
-is; one pair gives the code itself where 2^N is small enough to try; and every band is as long in A as it is in I.
+It hides the face z in the grain g: with public U, keyed rotations and a public table of likenesses s,
+
+    z_A = s(p) + what the grain had there        g_A carries O_p (z - s(-p))
+
+So the face that A shows tells which likeness the code picks; trying a code is a rotation of numbers, no picture is
+made; and for one code z is an affine function of g_A, which pairs of one password give by least squares, however long
+the code is.
 """
 
 from __future__ import annotations
 
-import copy
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -19,157 +22,120 @@ from services.evaluate.attackers import Advance
 from services.evaluate.chain import Codes
 from services.evaluate.distances import Floats, Pixels, to_pixels, to_tensor
 
-_CHUNK: Final = 4096
+_CHUNK: Final = 2048
+_PICTURES: Final = 64
 
 
-class _Tap(nn.Module):
-    """Stands where a rotation stood: turns nothing and keeps what it was to turn."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Tensor] = []
-
-    def forward(self, x: Tensor, codes: Tensor) -> Tensor:
-        self.seen.append(x.double().cpu())
-        return x
-
-    def inverse(self, x: Tensor, codes: Tensor) -> Tensor:
-        return x
-
-
-class _Solved(nn.Module):
-    """Stands where a keyed rotation stood: turns back by the matrix that was solved for."""
-
-    matrix: Tensor
-
-    def __init__(self, matrix: Floats) -> None:
-        super().__init__()
-        self.register_buffer("matrix", torch.from_numpy(matrix).float())
-
-    def forward(self, x: Tensor, codes: Tensor) -> Tensor:
-        return x @ self.matrix
-
-    def inverse(self, x: Tensor, codes: Tensor) -> Tensor:
-        return x
-
-
-def turns_latents(network: object) -> bool:
+def hides_in_grain(network: object) -> bool:
     """Whether ``network`` is of this kind."""
-    return isinstance(network, nn.Module) and isinstance(getattr(network, "turns", None), nn.ModuleList)
+    return isinstance(network, nn.Module) and all(
+        hasattr(network, name) for name in ("turn_face", "turn_grain", "likenesses", "unfold")
+    )
 
 
-def _replaced(network: nn.Module, turns: list[nn.Module]) -> nn.Module:
-    out = copy.deepcopy(network).cpu()
-    out.turns = nn.ModuleList(turns)
-    return out.eval()
+def _parts(network: Any, images: Tensor) -> tuple[Tensor, ...]:
+    from mien.networks.eigenface import stretch
 
-
-def _bits(network: nn.Module) -> int:
-    return int(network.turns[0].angles.shape[-1])  # type: ignore[index, union-attr]
-
-
-@torch.no_grad()
-def latents(network: nn.Module, pictures: Pixels, advance: Advance = lambda done: None) -> list[Floats]:
-    """What is turned, of uint8 ``[M, S, S, 3]``: float ``[M, K]``, symmetric and antisymmetric coordinates apart."""
-    taps = [_Tap() for _ in network.turns]  # type: ignore[union-attr]
-    tapped = _replaced(network, list(taps))
-    for start in range(0, len(pictures), 64):
-        images = to_tensor(pictures[start : start + 64])
-        tapped(images, images.new_zeros(len(images), _bits(network)))
-        advance(len(images))
-    return [torch.cat(tap.seen).numpy() for tap in taps]
-
-
-def bands(network: nn.Module) -> list[list[tuple[int, int]]]:
-    """Ranges of the coordinates turned among themselves, for each of what :func:`latents` gives."""
-    return [network.config.bands(side) for side in range(len(network.turns))]  # type: ignore[operator, arg-type, union-attr]
-
-
-def solve(network: nn.Module, originals: Pixels, hidden: Pixels) -> nn.Module:
-    """From pairs of one password, a network that opens other pictures of it: called with any code, A -> I.
-
-    Fewer pairs than a band has coordinates tell only what happens in their span; what lies outside it comes back as the
-    mean face.
-    """
-    matrices = []
-    for before, after, ranges in zip(
-        latents(network, originals), latents(network, hidden), bands(network), strict=True
-    ):
-        matrix = np.eye(before.shape[1])
-        for start, stop in ranges:
-            left, _, right = np.linalg.svd(after[:, start:stop].T @ before[:, start:stop])
-            rank = min(len(before), stop - start)
-            matrix[start:stop, start:stop] = left[:, :rank] @ right[:rank]
-        matrices.append(matrix)
-    return _replaced(network, [_Solved(m) for m in matrices])
+    stretched = stretch(images)
+    leading, face, grain = network.analyse(stretched)
+    mean = network.predict(stretched, leading)
+    z, g = network.unfold(face - mean, grain)
+    return stretched, leading, face, grain, mean, z, g
 
 
 @torch.no_grad()
-def reopen(opened: nn.Module, pictures: Pixels, bits: int) -> Pixels:
-    """What :func:`solve`'s network makes of anonymized pictures uint8 ``[M, S, S, 3]``."""
-    parts = []
-    for start in range(0, len(pictures), 64):
-        images = to_tensor(pictures[start : start + 64])
-        parts.append(to_pixels(opened(images, images.new_zeros(len(images), bits))))
-    return np.concatenate(parts)
+def latents(network: Any, pictures: Pixels, advance: Advance = lambda done: None) -> tuple[Floats, Floats, Floats]:
+    """Leading coordinates, which never change, face z and grain g of uint8 ``[M, S, S, 3]``; float ``[M, .]`` each."""
+    found = []
+    for start in range(0, len(pictures), _PICTURES):
+        _, leading, _, _, _, z, g = _parts(network, to_tensor(pictures[start : start + _PICTURES]))
+        found.append([part.double().numpy() for part in (leading, z, g)])
+        advance(len(z))
+    leading, z, g = (np.concatenate(part) for part in zip(*found, strict=True))
+    return leading, z, g
+
+
+def signed(codes: Codes) -> Tensor:
+    """Codes bool ``[B, N]`` as a network takes them."""
+    return torch.from_numpy(np.ascontiguousarray(codes)).float() - 0.5
 
 
 @torch.no_grad()
-def search(network: nn.Module, original: Pixels, hidden: Pixels, codes: Codes) -> int:
-    """Which of ``codes`` turned one face ``[S, S, 3]`` into the other; never makes a picture, so it is quick."""
-    before, after = latents(network, original[None]), latents(network, hidden[None])
-    # One side is enough to tell the code; the smaller is quicker.
-    side = int(np.argmin([b.shape[1] for b in before]))
-    turn: nn.Module = copy.deepcopy(network.turns[side]).cpu()  # type: ignore[index, union-attr]
-    z, wanted = (torch.from_numpy(x[side]).float() for x in (before, after))
+def likenesses(network: Any, codes: Codes) -> Floats:
+    """s of each code, float ``[B, n]``."""
+    out: Floats = network.likenesses(signed(codes)).double().numpy()
+    return out
+
+
+def nearest_likeness(network: Any, z: Floats) -> NDArray[np.int64]:
+    """Which likeness each face z ``[M, n]`` is nearest to."""
+    faces = network.likenesses.faces.double().numpy()
+    away = (faces**2).sum(axis=1)[None] - 2 * z @ faces.T
+    return away.argmin(axis=1)
+
+
+def number_of(network: Any, codes: Codes) -> NDArray[np.int64]:
+    """Which likeness each code picks."""
+    return nearest_likeness(network, likenesses(network, codes))
+
+
+@torch.no_grad()
+def undo(network: Any, g: Floats, codes: Codes) -> Floats:
+    """What recovery under ``codes`` makes of one grain ``[m]``: z less the code's likeness, float ``[B, n]``."""
+    grain, size = torch.from_numpy(g).float(), network.likenesses.faces.shape[1]
     found = []
     for start in range(0, len(codes), _CHUNK):
-        p = torch.from_numpy(codes[start : start + _CHUNK]).float() - 0.5
-        turned = turn.inverse(turn(z.expand(len(p), -1), p), -p)  # type: ignore[operator]
-        found.append((turned - wanted).square().sum(dim=1))
-    return int(torch.cat(found).argmin())
-
-
-class Prior:
-    """A Gaussian over the latents of other faces, float ``[M, K]``, its covariance shrunk towards the diagonal."""
-
-    def __init__(self, others: Floats, shrink: float = 0.3) -> None:
-        self.mean = others.mean(axis=0)
-        covariance = np.cov(others, rowvar=False)
-        shrunk = (1 - shrink) * covariance + shrink * np.diag(np.diag(covariance))
-        # Each row of the whitened latents has a squared length that falls with the likelihood.
-        self.whiten = np.linalg.inv(np.linalg.cholesky(shrunk + 1e-9 * np.eye(len(shrunk)))).T
-
-    def __call__(self, z: Tensor) -> Floats:
-        """Log-likelihoods but for a constant, float ``[B]``."""
-        white = (z - torch.from_numpy(self.mean).float()) @ torch.from_numpy(self.whiten).float()
-        out: Floats = (-0.5 * white.square().sum(dim=1)).double().numpy()
-        return out
-
-
-@torch.no_grad()
-def likelihoods(network: nn.Module, hidden: Pixels, codes: Codes, prior: Prior) -> Floats:
-    """How likely what each of ``codes`` makes of one face ``[S, S, 3]`` is under the prior; never makes a picture."""
-    sides = [torch.from_numpy(z).float() for z in latents(network, hidden[None])]
-    turns = [copy.deepcopy(turn).cpu() for turn in network.turns]  # type: ignore[union-attr]
-    found = []
-    for start in range(0, len(codes), _CHUNK):
-        p = torch.from_numpy(codes[start : start + _CHUNK]).float() - 0.5
-        turned = [t.inverse(t(z.expand(len(p), -1), p), -p) for z, t in zip(sides, turns, strict=True)]
-        found.append(prior(torch.cat(turned, dim=1)))
+        p = signed(codes[start : start + _CHUNK])
+        turned = network.turn_grain(grain.expand(len(p), -1), p)[:, :size]
+        found.append(network.turn_face.inverse(turned, -p).double().numpy())
     return np.concatenate(found)
 
 
-def lengths(network: nn.Module, pictures: Pixels) -> Floats:
-    """What no rotation changes: the logarithm of the length of every band, float ``[M, bands]``."""
-    columns = [
-        np.log(np.linalg.norm(side[:, start:stop], axis=1) + 1e-9)
-        for side, ranges in zip(latents(network, pictures), bands(network), strict=True)
-        for start, stop in ranges
-    ]
-    return np.stack(columns, axis=1)
+@torch.no_grad()
+def with_face(network: Any, pictures: Pixels, z: Floats) -> Pixels:
+    """The pictures uint8 ``[M, S, S, 3]`` with other faces z ``[M, n]`` in them, all else as it is."""
+    out = []
+    for start in range(0, len(pictures), _PICTURES):
+        stretched, _, face, grain, mean, _, g = _parts(network, to_tensor(pictures[start : start + _PICTURES]))
+        after, grain_after = network.fold(torch.from_numpy(z[start : start + _PICTURES]).float(), g)
+        change = network.synthesise(mean + after - face, grain_after - grain)
+        out.append(to_pixels(torch.tanh(stretched + change) / 0.9))
+    return np.concatenate(out)
 
 
-def all_codes(bits: int) -> NDArray[np.bool_]:
+class Affine:
+    """z as an affine function of g by ridge regression, from pairs float ``[k, m]`` and ``[k, n]``."""
+
+    def __init__(self, g: Floats, z: Floats, ridge: float = 0.03) -> None:
+        self.g, self.z = g.mean(axis=0), z.mean(axis=0)
+        centred = g - self.g
+        kernel = centred @ centred.T
+        scale = max(float(np.trace(kernel)) / len(kernel), 1e-12)
+        weights = np.linalg.solve(kernel + ridge * scale * np.eye(len(kernel)), z - self.z)
+        self.slope = centred.T @ weights
+
+    def __call__(self, g: Floats) -> Floats:
+        out: Floats = (g - self.g) @ self.slope + self.z
+        return out
+
+
+class Gaussian:
+    """Fitted to float ``[M, K]``, its covariance shrunk towards the diagonal."""
+
+    def __init__(self, samples: Floats, shrink: float = 0.3) -> None:
+        self.mean = samples.mean(axis=0)
+        covariance = np.cov(samples, rowvar=False)
+        shrunk = (1 - shrink) * covariance + (shrink + 1e-6) * np.diag(np.diag(covariance))
+        self.factor = np.linalg.cholesky(shrunk + 1e-9 * np.eye(len(shrunk)))
+        self.constant = float(np.log(np.diag(self.factor)).sum())
+
+    def __call__(self, x: Floats) -> Floats:
+        """Log-likelihoods but for a constant that does not depend on the fit, float ``[B]``."""
+        white = np.linalg.solve(self.factor, (x - self.mean).T)
+        out: Floats = -0.5 * np.square(white).sum(axis=0) - self.constant
+        return out
+
+
+def all_codes(bits: int) -> Codes:
     """bool ``[2^bits, bits]``."""
     return (np.arange(2**bits)[:, None] >> np.arange(bits)[::-1] & 1).astype(np.bool_)
