@@ -194,7 +194,7 @@ def test_without_the_operator_training_runs_as_a_plain_job(monkeypatch: pytest.M
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "tests.e2e", *arguments], cwd=ROOT, env=os.environ | environment,
-        capture_output=True, text=True, timeout=90, check=False,
+        capture_output=True, text=True, timeout=330, check=False,  # a fresh machine fetches helm first
     )  # fmt: skip
 
 
