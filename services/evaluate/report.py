@@ -684,7 +684,7 @@ def _attacks(flat: Flat, series: Mapping[str, Any], pictures: Mapping[str, str])
         section.text.append(
             f"The face that A shows is one of {2.0**told:,.0f} likenesses, which the code picks: where it is read,"
             f" {told:.0f} of its {bits:.0f} bits are known. And for one password the hidden face is an affine function"
-            " of the picture: enough pairs of original and anonymized picture open every other picture of that password,"
+            " of the picture: enough pairs of original and anonymized picture open every other one of that password,"
             " whatever the length of its code. Never give out originals of what was published anonymized."
         )
     ranks = Table(
