@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import statistics
 import threading
 import time
@@ -279,7 +280,7 @@ def test_64_callers_for_5_minutes_get_no_5xx_and_memory_stays_flat(
 
 
 def test_sigterm_under_load_answers_everything_that_was_admitted(busy: Any, astronaut: bytes) -> None:
-    """Last of this file: it ends the service."""
+    """A request whose body is half there too. Last of this file: it ends the service."""
     answers: list[Any] = []
 
     def by_http() -> None:
@@ -293,20 +294,43 @@ def test_sigterm_under_load_answers_everything_that_was_admitted(busy: Any, astr
             message = pb.EditRequest(image=astronaut, options=pb.EditOptions(password=PASSWORD))
             answers.append(FaceIdentityStub(channel).Anonymize(message, timeout=60).image)
 
+    body = (
+        b'--b\r\nContent-Disposition: form-data; name="password"\r\n\r\np\r\n'
+        b'--b\r\nContent-Disposition: form-data; name="image"\r\n\r\n' + astronaut + b"\r\n--b--\r\n"
+    )
+    head = (
+        b"POST /v1/anonymize HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+        b"Content-Length: %d\r\n\r\n" % len(body)
+    )
+    threads = [threading.Thread(target=by_http if n % 2 else by_grpc) for n in range(16)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 20
     with busy.client() as client:
-        threads = [threading.Thread(target=by_http if n % 2 else by_grpc) for n in range(16)]
-        for thread in threads:
-            thread.start()
-        deadline = time.monotonic() + 20
         while gauge(client, "mien_inflight_requests") + gauge(client, "mien_queue_depth") + len(answers) < 16:
             assert time.monotonic() < deadline
             time.sleep(0.01)
+        half = socket.create_connection(("127.0.0.1", busy.port), timeout=60)
+        half.sendall(head + body[:1000])
+        while gauge(client, "mien_uploads") != 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         waiting = gauge(client, "mien_queue_depth")
-    assert waiting > 4, "the service was too fast for this test to show anything"
-    busy.process.send_signal(signal.SIGTERM)
+    assert waiting > 2, "the service was too fast for this test to show anything"
+    with half:
+        busy.process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        half.sendall(body[1000:])
+        answer = b""
+        while chunk := half.recv(65536):
+            answer += chunk
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert b"\x89PNG" in answer
     for thread in threads:
         thread.join(60)
     assert len(answers) == 16
     assert all(data.startswith(b"\x89PNG") for data in answers)
     busy.process.wait(20)
     assert busy.process.returncode in (0, -signal.SIGTERM)
+    with pytest.raises(httpx.TransportError), busy.client(timeout=2) as client:
+        client.get("/healthz")
