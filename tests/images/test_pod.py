@@ -217,7 +217,8 @@ def test_two_pods_of_the_training_image_train_together_as_a_user_nobody_knows(tm
             ended = podman("wait", name, timeout=300).stdout.strip()
             assert ended == "0", podman("logs", name).stderr[-3000:]
     finally:
-        podman("rm", "--force", "--time", "0", f"{first}-b", first)
+        for name in (f"{first}-b", first):  # one after the other: the second lives in the first one's network
+            podman("rm", "--force", "--time", "0", name)
 
 
 @pytest.mark.soak
