@@ -122,6 +122,8 @@ class Reader:
             raise FileNotFoundError(2, "No such file", self.path)
         try:
             self._input: Any = av.open(self.path, options=options or {}, timeout=timeout, metadata_errors="replace")
+        except av.error.ExitError:
+            raise InvalidVideo(f"{self.name} sent nothing for {timeout:g} s.") from None
         except av.error.FFmpegError as error:
             raise InvalidVideo(f"{self.name} is not a video, or is broken: {_words(error)}.") from None
         try:
