@@ -192,7 +192,7 @@ KEYS: Final[dict[str, tuple[Key, ...]]] = {
         Key("attack.known-plaintext.climb.other-picture.chance", "as often does a uniformly wrong code"),
         Key(
             "attack.known-pairs.<pairs>.success",
-            "opened by a rotation solved from so many pairs, it passes",
+            "opened by what so many pairs of the password tell, it passes",
             "interval",
         ),
         Key("attack.known-pairs.<pairs>.chance", "the anonymized face itself passes"),
