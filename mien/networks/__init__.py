@@ -14,15 +14,20 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mien.networks.coupling import CouplingConfig, CouplingTransformer
+from mien.networks.eigenface import EigenfaceConfig, EigenfaceTransformer
 from mien.networks.resnet import ResNetConfig, ResNetTransformer
 from mien.networks.unet import UNetConfig, UNetTransformer
 
-ArchitectureConfig = Annotated[ResNetConfig | UNetConfig | CouplingConfig, Field(discriminator="name")]
+AnyConfig = ResNetConfig | UNetConfig | CouplingConfig | EigenfaceConfig
+ArchitectureConfig = Annotated[AnyConfig, Field(discriminator="name")]
 
 __all__ = [
+    "AnyConfig",
     "ArchitectureConfig",
     "CouplingConfig",
     "CouplingTransformer",
+    "EigenfaceConfig",
+    "EigenfaceTransformer",
     "ResNetConfig",
     "ResNetTransformer",
     "UNetConfig",
@@ -34,7 +39,7 @@ __all__ = [
 ]
 
 
-def build(config: ResNetConfig | UNetConfig | CouplingConfig, *, bits: int, size: int) -> nn.Module:
+def build(config: AnyConfig, *, bits: int, size: int) -> nn.Module:
     """A fresh network of the configured architecture for ``bits``-bit codes and ``size`` pixel crops.
 
     Weights come from torch's global generator; seed it for a reproducible start.
@@ -43,6 +48,8 @@ def build(config: ResNetConfig | UNetConfig | CouplingConfig, *, bits: int, size
         return ResNetTransformer(config, bits=bits)
     if isinstance(config, UNetConfig):
         return UNetTransformer(config, bits=bits, size=size)
+    if isinstance(config, EigenfaceConfig):
+        return EigenfaceTransformer(config, bits=bits, size=size)
     return CouplingTransformer(config, bits=bits, size=size)
 
 

@@ -1,0 +1,420 @@
+"""A reversible transformer made of a face's statistics: the face goes into the grain of its colours, another comes out.
+
+Seen through an invertible map U, a crop is a *face* z (some hundred numbers that say who it is) and a *grain* g (some
+thousand numbers of fine colour detail that an eye does not read). With rotations O_p that a code picks, and a fixed
+exchange X of z with as many numbers of the grain (X X = 1),
+
+    M_p = O_{-p}^T X O_p             T_p = U^{-1} o (M_p ((z, g) - s(-p)) + s(p)) o U
+
+s(p) being one of many *likenesses* that the code picks. T_{-p} is the inverse of T_p for every p and any U, so that
+T_{-p} T_p I = I (paper, eq. 4) holds by construction. And what any T_p gives is the face s(p) with a little noise,
+whatever it was given: so A, a wrong password's WR and every longer chain are equally believable, and codes that differ
+in one bit give faces as different as any two codes.
+
+U is linear but for two squashings, and :mod:`training.eigenface` fits it:
+
+1. The face's luma and its colour at half the resolution, where :func:`face_mask` is not 0, are split into symmetric and
+   antisymmetric halves, and these into eigenfaces (Sirovich and Kirby 1987), luma and colour together.
+2. What is around the face, and the leading eigenfaces, which are light, pose and complexion, never change. From them a
+   small network predicts the mean of the other coordinates, so that hair, skin, age and sex go on fitting the face.
+3. z is what is left over, in standard deviations, tails drawn in (asinh). g is what the eigenfaces of colour do not
+   span, where photos have least of it.
+
+No recogniser is in it anywhere: nothing was trained to deceive one.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, Final, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+# Luma of ITU-R BT.601, of the stretched channels.
+_LUMA: Final = (0.299, 0.587, 0.114)
+
+# As in mien.networks.coupling: changes are added to atanh(0.9 x), so that little is clipped when the picture is saved.
+_SQUEEZE: Final = 0.9
+_LIMIT: Final = 0.9999
+
+# The mask below which a pixel is context.
+_EDGE: Final = 2e-3
+
+Pair = tuple[PositiveInt, PositiveInt]
+
+
+class EigenfaceConfig(BaseModel):
+    """Options of the eigenface transformer; pairs are (symmetric, antisymmetric)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Literal["eigenface"] = "eigenface"
+    leading_luma: Pair = (6, 4)
+    """Eigenfaces of luma that are context: light and pose."""
+    leading_colour: Pair = (3, 1)
+    """Eigenfaces of colour that are context: complexion and coloured light."""
+    turned: Pair = (620, 420)
+    """Coordinates of the face, z."""
+    colour: Pair = (150, 90)
+    """Eigenfaces of colour that z is made of, besides those of luma."""
+    grain: Pair = (1350, 1400)
+    """Coordinates of the grain, g."""
+    grain_deviation: PositiveFloat = 16 / 127.5
+    """Of a grain coordinate, on the stretched scale: what the face is hidden under; how strong the hidden face is."""
+    likenesses: PositiveInt = Field(512, multiple_of=2)
+    """Faces s that codes choose from; a power of two."""
+    colour_weight: PositiveFloat = 3.0
+    """Of colour against luma when eigenfaces of both are put in one order."""
+    rounds: tuple[PositiveInt, PositiveInt] = (10, 12)
+    """Layers of plane rotations in O_p, of z and of g; a coordinate meets 2^rounds others."""
+    tails: tuple[PositiveFloat, PositiveFloat] = (0.5, 1.0)
+    """How strongly the tails of z and g are drawn in: asinh(tail e) / tail."""
+    widths: tuple[PositiveInt, ...] = (32, 64, 96, 128)
+    features: PositiveInt = 320
+
+    @model_validator(mode="after")
+    def _fits(self) -> EigenfaceConfig:
+        if self.likenesses & (self.likenesses - 1):
+            raise ValueError(f"likenesses must be a power of two, not {self.likenesses}")
+        if sum(self.turned) > sum(self.grain):
+            raise ValueError(f"a grain of {sum(self.grain)} numbers cannot hold a face of {sum(self.turned)}")
+        return self
+
+
+def face_mask(size: int) -> Tensor:
+    """Brows to chin and cheek to cheek: 1 in the middle of the face, smoothly 0 at its outline; float ``[S, S]``."""
+    position = (torch.arange(size, dtype=torch.float64) + 0.5) / size
+    y, x = torch.meshgrid(position, position, indexing="ij")
+    radius = (((x - 0.5) / 0.32).abs() ** 2.5 + ((y - 0.60) / 0.40).abs() ** 2.5) ** (1 / 2.5)
+    ramp = ((1 - radius) / 0.35).clamp(0, 1)
+    return (ramp * ramp * (3 - 2 * ramp)).float()
+
+
+def colour_mask(size: int) -> Tensor:
+    """:func:`face_mask` at the resolution of colour, float ``[S / 2, S / 2]``."""
+    return F.avg_pool2d(face_mask(size)[None, None], 2)[0, 0]
+
+
+def inside(mask: Tensor) -> Tensor:
+    """Indices (int64 ``[P]``) of the face's pixels in the flattened left half ``[S, S / 2]`` of a mask ``[S, S]``."""
+    return (mask[:, : mask.shape[1] // 2].reshape(-1) > _EDGE).nonzero()[:, 0]
+
+
+def stretch(images: Tensor) -> Tensor:
+    """Images float in [-1, 1] to the scale on which changes are added."""
+    return torch.atanh((_SQUEEZE * images).clamp(-_LIMIT, _LIMIT))
+
+
+def luma_of(stretched: Tensor) -> Tensor:
+    """float ``[B, 3, S, S]`` to ``[B, 1, S, S]``."""
+    return torch.einsum("bchw,c->bhw", stretched, stretched.new_tensor(_LUMA))[:, None]
+
+
+def colour_of(stretched: Tensor) -> Tensor:
+    """Red and blue less luma at half the resolution, float ``[B, 3, S, S]`` to ``[B, 2, S / 2, S / 2]``."""
+    return F.avg_pool2d(stretched[:, [0, 2]] - luma_of(stretched), 2)
+
+
+def halves(picture: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """The symmetric and the antisymmetric part of ``[B, C, S, S]`` at ``pixels`` of the left half, each ``[B, C P]``.
+
+    Together they are as long as the two halves were, so that orthonormal eigenfaces stay orthonormal.
+    """
+    half = picture.shape[3] // 2
+    left, right = (p[..., :half].flatten(2)[..., pixels].flatten(1) for p in (picture, picture.flip(3)))
+    return (left + right) * 0.5**0.5, (left - right) * 0.5**0.5
+
+
+def whole(parts: tuple[Tensor, Tensor], pixels: Tensor, size: int, channels: int) -> Tensor:
+    """What :func:`halves` took apart, ``[B, C, S, S]``, and 0 where no pixel is."""
+    symmetric, antisymmetric = (part.view(len(part), channels, -1) * 0.5**0.5 for part in parts)
+    sides = []
+    for side in (symmetric + antisymmetric, symmetric - antisymmetric):
+        half = side.new_zeros(len(side), channels, size * size // 2)
+        half[..., pixels] = side
+        sides.append(half.view(len(side), channels, size, size // 2))
+    return torch.cat([sides[0], sides[1].flip(3)], dim=3)
+
+
+class Turn(nn.Module):
+    """O_p: plane rotations, layer after layer over fixed shuffles, by angles that every bit of the code moves.
+
+    The angles are a fixed random linear function of the code; one bit moves each by radians, not by a little.
+    """
+
+    one: Tensor
+    two: Tensor
+    angles: Tensor
+
+    def __init__(self, size: int, *, bits: int, rounds: int, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        shuffled = torch.stack([torch.randperm(size, generator=generator) for _ in range(rounds)])
+        self.register_buffer("one", shuffled[:, : size // 2], persistent=False)
+        self.register_buffer("two", shuffled[:, size // 2 : size // 2 * 2], persistent=False)
+        angles = torch.randn(rounds, size // 2, bits, generator=generator) * 2
+        self.register_buffer("angles", angles, persistent=False)
+
+    def forward(self, x: Tensor, codes: Tensor) -> Tensor:
+        """O_p x; x float ``[B, size]``, codes float ``[B, N]``."""
+        for layer in range(len(self.angles)):
+            x = self._layer(x, layer, codes @ self.angles[layer].T)
+        return x
+
+    def inverse(self, x: Tensor, codes: Tensor) -> Tensor:
+        """O_p^T x."""
+        for layer in reversed(range(len(self.angles))):
+            x = self._layer(x, layer, -(codes @ self.angles[layer].T))
+        return x
+
+    def _layer(self, x: Tensor, layer: int, angle: Tensor) -> Tensor:
+        one, two = self.one[layer], self.two[layer]
+        cos, sin = angle.cos(), angle.sin()
+        out = x.clone()
+        out[:, one] = cos * x[:, one] - sin * x[:, two]
+        out[:, two] = sin * x[:, one] + cos * x[:, two]
+        return out
+
+
+class Likenesses(nn.Module):
+    """s: the face that a code picks, float ``[B, N]`` to ``[B, size]``.
+
+    Its number is the exclusive or of random numbers other than 0, one for every bit that is set (Zobrist 1970), so that
+    codes one bit apart never pick the same.
+    """
+
+    faces: Tensor
+    table: Tensor
+
+    def __init__(self, count: int, size: int, *, bits: int, seed: int) -> None:
+        super().__init__()
+        self.register_buffer("faces", torch.randn(count, size) * 0.3)
+        digits = max(1, count.bit_length() - 1)
+        generator = torch.Generator().manual_seed(seed)
+        numbers = torch.randint(1, max(2, count), (bits,), generator=generator)
+        # The numbers as binary digits: [N, digits].
+        self.register_buffer("table", ((numbers[:, None] >> torch.arange(digits)) & 1).float(), persistent=False)
+        self.count = count
+
+    def forward(self, codes: Tensor) -> Tensor:
+        digits = ((codes > 0).float() @ self.table).long() & 1
+        number = (digits << torch.arange(digits.shape[1], device=digits.device)).sum(dim=1)
+        return self.faces[number % self.count]
+
+
+class Side(nn.Module):
+    """U and its inverse for the symmetric or the antisymmetric half.
+
+    Args:
+        luma, colour: pixels of a half, colour counted twice for its two channels.
+        side: 0 symmetric, 1 antisymmetric.
+    """
+
+    luma: Tensor
+    leading: Tensor
+    colour: Tensor
+    axes: Tensor
+    order: Tensor
+    quiet: Tensor
+    complement: Tensor
+
+    def __init__(self, config: EigenfaceConfig, side: int, luma: int, colour: int) -> None:
+        super().__init__()
+        lead, lead_colour = config.leading_luma[side], config.leading_colour[side]
+        turned, colours, grain = config.turned[side], config.colour[side], config.grain[side]
+        if lead + turned > luma or lead_colour + colours + grain > colour:
+            raise ValueError(f"a half of {luma} pixels and {colour} of colour has not as many coordinates")
+        self.lead, self.weight = lead_colour, config.colour_weight
+        # Columns of eigenfaces: luma as z has it, the leading ones of luma, those of colour (the leading ones first).
+        basis = torch.linalg.qr(torch.randn(luma, lead + turned))[0]
+        # A face is orthonormal in luma and colour together; a fresh one is of luma alone.
+        self.register_buffer("leading", basis[:, :lead].contiguous())
+        self.register_buffer("luma", basis[:, lead:].contiguous())
+        self.register_buffer("colour", torch.linalg.qr(torch.randn(colour, lead_colour + colours))[0])
+        self.register_buffer("axes", torch.zeros(colours, turned))
+        # Rows of `colour` in the order in which its complement is made, and which of that are the grain.
+        self.register_buffer("order", torch.arange(colour))
+        self.register_buffer("quiet", torch.arange(grain))
+        self.register_buffer("complement", torch.empty(0), persistent=False)
+
+    def analyse(self, luma: Tensor, colour: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Leading coordinates, coordinates of the face and of the grain, of float ``[B, P]`` and ``[B, Q]``."""
+        spectrum = colour @ self.colour
+        face = luma @ self.luma + self.weight * (spectrum[:, self.lead :] @ self.axes)
+        leading = torch.cat([luma @ self.leading, spectrum[:, : self.lead]], dim=1)
+        return leading, face, colour @ self.grain()
+
+    def synthesise(self, face: Tensor, grain: Tensor) -> tuple[Tensor, Tensor]:
+        """Changes of luma and colour for changes of the coordinates."""
+        spectrum = face @ self.axes.T / self.weight
+        return face @ self.luma.T, spectrum @ self.colour[:, self.lead :].T + grain @ self.grain().T
+
+    def grain(self) -> Tensor:
+        """Orthonormal columns that span nothing of :attr:`colour`, float ``[Q, grain]``.
+
+        Of the complement of Householder's QR, whose columns are each about one pixel; not stored, for it is large.
+        """
+        if len(self.complement) == 0:
+            self.complement = self.complete()[:, self.quiet].to(self.colour).contiguous()
+        return self.complement
+
+    def complete(self) -> Tensor:
+        """The whole complement of :attr:`colour`, float64 ``[Q, Q - columns]`` on the CPU."""
+        basis, order = self.colour.detach().double().cpu(), self.order.cpu()
+        q, _ = torch.linalg.qr(basis[order], mode="complete")
+        out = torch.empty(len(q), q.shape[1] - basis.shape[1], dtype=q.dtype)
+        out[order] = q[:, basis.shape[1] :]
+        return out
+
+    def forget(self) -> None:
+        """Make the grain anew when it is next needed: the eigenfaces of colour are other ones now."""
+        self.complement = self.colour.new_empty(0)
+
+    def _load_from_state_dict(self, *arguments: Any, **more: Any) -> None:
+        super()._load_from_state_dict(*arguments, **more)
+        self.forget()
+
+
+class Context(nn.Module):
+    """Predicts the mean of the face's coordinates from what never changes.
+
+    Called with the picture around the face, float ``[B, 4, 64, 64]``, and the leading coordinates; gives float
+    ``[B, symmetric + antisymmetric]``.
+    """
+
+    def __init__(self, config: EigenfaceConfig) -> None:
+        super().__init__()
+        widths, out = (4, *config.widths), sum(config.turned)
+        leading = sum(config.leading_luma) + sum(config.leading_colour)
+        layers: list[nn.Module] = []
+        for a, b in pairwise(widths):
+            layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b), nn.SiLU()]
+        side = 64 // 2 ** len(config.widths)
+        self.around = nn.Sequential(*layers, nn.Conv2d(widths[-1], 64, 1), nn.Flatten(), nn.SiLU(), nn.Dropout(0.2))
+        self.leading = nn.Sequential(nn.Linear(leading, 128), nn.SiLU())
+        self.hidden = nn.Sequential(nn.Linear(64 * side * side + 128, config.features), nn.SiLU(), nn.Dropout(0.25))
+        self.out = nn.Linear(config.features, out)
+        self.direct = nn.Linear(leading, out)
+
+    def forward(self, around: Tensor, leading: Tensor) -> Tensor:
+        hidden = self.hidden(torch.cat([self.around(around), self.leading(leading)], dim=1))
+        out: Tensor = self.out(hidden) + self.direct(leading)
+        return out
+
+
+class EigenfaceTransformer(nn.Module):
+    """See the module's docstring; called as :mod:`mien.networks` says. A fresh one has random eigenfaces."""
+
+    mean: Tensor
+    mean_colour: Tensor
+    leading_scale: Tensor
+    deviation: Tensor
+    share: Tensor
+    pixels: Tensor
+    colour_pixels: Tensor
+    around_luma: Tensor
+    around_colour: Tensor
+
+    def __init__(self, config: EigenfaceConfig, *, bits: int, size: int) -> None:
+        super().__init__()
+        if size % 64:
+            raise ValueError(f"the context is seen at 64 px: a crop of {size} px is no multiple of that")
+        self.config = config
+        masks = face_mask(size), colour_mask(size)
+        self.register_buffer("pixels", inside(masks[0]), persistent=False)
+        self.register_buffer("colour_pixels", inside(masks[1]), persistent=False)
+        self.register_buffer("around_luma", (masks[0] <= _EDGE).float(), persistent=False)
+        self.register_buffer("around_colour", (masks[1] <= _EDGE).float(), persistent=False)
+        self.register_buffer("mean", torch.zeros(1, size, size))
+        self.register_buffer("mean_colour", torch.zeros(2, size // 2, size // 2))
+        self.register_buffer("leading_scale", torch.ones(sum(config.leading_luma) + sum(config.leading_colour)))
+        total = sum(config.turned)
+        # Of the coordinates left over, and how much of the grain's room each is given.
+        self.register_buffer("deviation", torch.full((total,), 0.3))
+        self.register_buffer("share", torch.ones(total))
+        pixels = len(self.pixels), 2 * len(self.colour_pixels)
+        self.sides = nn.ModuleList(Side(config, side, *pixels) for side in range(2))
+        self.context = Context(config)
+        self.likenesses = Likenesses(config.likenesses, total, bits=bits, seed=0)
+        face, grain = config.rounds
+        self.turn_face = Turn(total, bits=bits, rounds=face, seed=1)
+        self.turn_grain = Turn(sum(config.grain), bits=bits, rounds=grain, seed=2)
+
+    def forward(self, images: Tensor, codes: Tensor) -> Tensor:
+        # In float32 even under autocast: what the chain rounds, recovery could not undo.
+        with torch.autocast(images.device.type, enabled=False):
+            stretched, codes = stretch(images.float()), codes.float()
+            leading, face, grain = self.analyse(stretched)
+            mean = self.predict(stretched, leading)
+            z, g = self.unfold(face - mean, grain)
+            z, g = self._exchange(z - self.likenesses(-codes), g, codes)
+            after, grain_after = self.fold(z + self.likenesses(codes), g)
+            change = self.synthesise(mean + after - face, grain_after - grain)
+            return torch.tanh(stretched + change) / _SQUEEZE
+
+    def analyse(self, stretched: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Coordinates of :func:`stretch`'s pictures: leading ones, face and grain, both sides in one, float."""
+        luma = halves(luma_of(stretched) - self.mean, self.pixels)
+        colour = halves(colour_of(stretched) - self.mean_colour, self.colour_pixels)
+        sides = [side.analyse(y, c) for side, y, c in zip(self._sides(), luma, colour, strict=True)]
+        leading, face, grain = (torch.cat(parts, dim=1) for parts in zip(*sides, strict=True))
+        return leading, face, grain
+
+    def synthesise(self, face: Tensor, grain: Tensor) -> Tensor:
+        """The change of a stretched picture for changes of the coordinates, float ``[B, 3, S, S]``."""
+        sides = [
+            side.synthesise(f, g)
+            for side, f, g in zip(
+                self._sides(),
+                face.split_with_sizes(self.config.turned, dim=1),
+                grain.split_with_sizes(self.config.grain, dim=1),
+                strict=True,
+            )
+        ]
+        (y, c), (y_anti, c_anti) = sides
+        size = self.mean.shape[-1]
+        luma = whole((y, y_anti), self.pixels, size, 1)
+        colour = F.interpolate(whole((c, c_anti), self.colour_pixels, size // 2, 2), scale_factor=2, mode="nearest")
+        red, blue = colour[:, :1], colour[:, 1:]
+        # Green so that the change of colour changes no luma.
+        green = -(_LUMA[0] * red + _LUMA[2] * blue) / _LUMA[1]
+        return luma + torch.cat([red, green, blue], dim=1)
+
+    def unfold(self, face: Tensor, grain: Tensor) -> tuple[Tensor, Tensor]:
+        """z and g of the coordinates, those of the face less their mean."""
+        one, two = self.config.tails
+        z = torch.asinh(face / self.deviation * one) / one * self.share
+        return z, torch.asinh(grain / self.config.grain_deviation * two) / two
+
+    def fold(self, z: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of :meth:`unfold`."""
+        one, two = self.config.tails
+        face = torch.sinh(z / self.share * one) / one * self.deviation
+        return face, torch.sinh(g * two) / two * self.config.grain_deviation
+
+    def predict(self, stretched: Tensor, leading: Tensor) -> Tensor:
+        """The mean of the face's coordinates given the context, float ``[B, K]``."""
+        out: Tensor = self.context(self.surroundings(stretched), leading / self.leading_scale)
+        return out
+
+    def surroundings(self, stretched: Tensor) -> Tensor:
+        """What is around the face: luma, its colours and where it is, float ``[B, 4, 64, 64]``."""
+        factor = stretched.shape[-1] // 64
+        luma = F.avg_pool2d((luma_of(stretched) - self.mean) * self.around_luma, factor)
+        colour = F.avg_pool2d(colour_of(stretched) * self.around_colour, factor)
+        colour = F.interpolate(colour, size=64, mode="bilinear", align_corners=False)
+        where = F.avg_pool2d(self.around_luma[None, None], factor).expand(len(luma), 1, 64, 64)
+        return torch.cat([luma, colour, where], dim=1)
+
+    def _exchange(self, z: Tensor, g: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """M_p."""
+        z, g = self.turn_face(z, codes), self.turn_grain(g, codes)
+        count = z.shape[1]
+        z, g = g[:, :count], torch.cat([z, g[:, count:]], dim=1)
+        return self.turn_face.inverse(z, -codes), self.turn_grain.inverse(g, -codes)
+
+    def _sides(self) -> list[Side]:
+        return [side for side in self.sides if isinstance(side, Side)]
