@@ -62,9 +62,9 @@ def refreshed(text: str) -> str:
 
 
 def _parts() -> str:
-    lines = ["| part | s | measures | needs |", "| --- | --- | --- | --- |"]
+    lines = ["| part | CPU s | measures | needs |", "| --- | --- | --- | --- |"]
     for name in parts.NAMES:
         measures, needs = ABOUT.get(name, ("", ""))
         lines.append(f"| `{name}` | {parts.SECONDS[name]} | {measures} | {needs} |")
     minutes = sum(parts.SECONDS.values()) / 60
-    return "\n".join([*lines, "", f"{minutes:.0f} minutes together."]) + "\n"
+    return "\n".join([*lines, "", f"{minutes:.0f} minutes of one core together."]) + "\n"

@@ -41,19 +41,19 @@ _PARTS: Final = {
     "attack-sweep": "attacks:sweep",
 }
 
-# What each takes at its default size on two idle cores; progress shares out the time that is left by it.
+# Seconds of one core at the default size; two idle cores take less. Progress shares out the time that is left by it.
 SECONDS: Final = {
-    "verification": 300,
-    "recovery": 60,
-    "detection": 60,
-    "lfw-pairs": 100,
-    "realism": 30,
-    "diversity": 60,
-    "background": 20,
-    "runtime": 15,
-    "baselines": 100,
+    "verification": 240,
+    "recovery": 90,
+    "detection": 45,
+    "lfw-pairs": 35,
+    "realism": 20,
+    "diversity": 25,
+    "background": 10,
+    "runtime": 20,
+    "baselines": 40,
     "ablations": 5,
-    "video": 100,
+    "video": 65,
     "attack-denial": 5,
     "attack-candidates": 60,
     "attack-known-plaintext": 60,
