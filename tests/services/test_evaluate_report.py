@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 MAY_LACK = (
     "realism.fid", "realism.frechet.alexnet", "recovery.lpips", "recovery.float", "background.picture", "lfw-pairs",
     "video", "baselines.", "ablations.", "diversity.grid-256", "detection.", "attack.best-looking", "attack.grid",
-    "attack.known-pairs", "attack.latent-", "attack.invariants",
+    "attack.known-pairs", "attack.latent-", "attack.likeness", "attack.invariants",
 )  # fmt: skip
 
 
