@@ -17,7 +17,7 @@ def main(url: str, out: str, *options: str) -> None:
     # To who watches, the end of a live stream is an error or silence.
     with (
         suppress(av.error.FFmpegError),
-        av.open(url, options=dict(o.split("=", 1) for o in options), timeout=(60.0, 4.0)) as stream,
+        av.open(url, options=dict(o.split("=", 1) for o in options), timeout=(60.0, 25.0)) as stream,
     ):
         for frame in stream.decode(video=0):
             pictures.append(frame.to_ndarray(format="rgb24"))
