@@ -38,7 +38,17 @@ def start(port: int) -> None:
     environment = os.environ | {"BENTOML_DO_NOT_TRACK": "true"}
     with open(OUT / "service.log", "wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "bentoml", "serve", "serving.service:MienService", "--port", str(port)],
+            [
+                sys.executable,
+                "-m",
+                "bentoml",
+                "serve",
+                "serving.service:MienService",
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(port),
+            ],
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -50,6 +60,7 @@ def start(port: int) -> None:
     deadline = time.monotonic() + READY_WITHIN
     while not _ready(port):
         if process.poll() is not None or time.monotonic() > deadline:
+            stop()  # a supervisor goes on starting workers that fail
             tail = (OUT / "service.log").read_text(errors="replace")[-2000:]
             sys.exit(f"the service did not start; the end of its log:\n{tail}")
         time.sleep(0.5)
