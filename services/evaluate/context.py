@@ -37,8 +37,8 @@ class Sizes:
     climbs: int = 8
     known_codes: int = 256
     linking: int = 100
-    latent_train: int = 4000
-    latent_codes: int = 8192
+    latent_train: int = 2100
+    latent_codes: int = 2048
     attack_train: int = 1200  # faces attackers learn from
     attack_images: int = 1600  # images they see
     attack_test: int = 200
