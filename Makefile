@@ -9,6 +9,9 @@ BIN := $(VENV)/bin
 UV := $(shell command -v uv 2>/dev/null || echo .cache/uv/bin/uv)
 export BENTOML_DO_NOT_TRACK := true
 export MIEN_SHARED ?= ../shared
+# Where the environment forbids bytecode, every process would compile torch anew: 5 s of CPU each.
+unexport PYTHONDONTWRITEBYTECODE
+export PYTHONPYCACHEPREFIX ?= $(CURDIR)/.cache/pycache
 
 .PHONY: help env demo demo-stop test lint format model shards proto bench soak train-local e2e image-serve image-train lock clean
 
@@ -51,9 +54,8 @@ shards: env ## crops and shards in shards/ from the pictures in MIEN_SHARED; nob
 	test -e shards/faces/manifest.json || $(BIN)/python -m services.ingest --config services/ingest/configs/shared.yaml \
 		--exclude-like shards/lfw --judge-weights $(MIEN_SHARED)/weights --out shards/faces
 
-CONFIG ?= training/configs/mien-cpu.yaml
-model: shards ## shards -> training (goes on where it stopped) -> models/; CONFIG=... chooses the run
-	$(BIN)/python -m training --config $(CONFIG) export=models/mien-128
+model: shards ## shards -> the model that ships, models/mien-128 (other networks: python -m training --config ...)
+	$(BIN)/python -m training.eigenface --shards shards/faces --out models/mien-128 --card models/mien-128/README.md
 
 proto: env ## the gRPC messages and stubs in mien/v1 from serving/proto
 	$(BIN)/python -m grpc_tools.protoc -I serving/proto --python_out=. --pyi_out=. --grpc_python_out=. mien/v1/face_identity.proto

@@ -14,6 +14,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# Some machines forbid bytecode caches; then each of the hundreds of processes these tests start compiles torch anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+os.environ.setdefault("PYTHONPYCACHEPREFIX", str(ROOT / ".cache" / "pycache"))
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
