@@ -80,10 +80,11 @@ def run(options: Options) -> Path:
         s3.create_bucket(BUCKET)
         _say(f"S3 at {s3.endpoint}, MLflow at {tracking}")
         chain = _Chain(options, environment)
-        shards, prefix = folder / "shards", f"s3://{BUCKET}/shards"
-        if not (shards / MANIFEST).exists():
-            chain.part("ingest", "-m", "services.ingest", *_pictures(options), "--split", SPLIT, "--out", str(shards))
-        _say(f"{_upload(shards, prefix)} shards in {prefix}")
+        prefix = f"s3://{BUCKET}/shards"
+        place = storage.open_prefix(prefix, patience=60)
+        if not list(place.list(MANIFEST)):  # written last
+            chain.part("ingest", "-m", "services.ingest", *_pictures(options), "--split", SPLIT, "--out", prefix)
+        _say(f"{sum(entry.name.endswith('.tar') for entry in place.list())} shards in {prefix}")
         config = _config(options, tracking, prefix)
         chain.part(
             "training",
@@ -195,7 +196,7 @@ def _mlflow(folder: Path) -> Iterator[str]:
         environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         process = _start(_mlflow_command(folder, port), log, environment)
         try:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 300
             while True:
                 with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
                     break
@@ -258,16 +259,6 @@ def _make_pictures(photos: Path, count: int) -> None:
         person.mkdir(exist_ok=True)
         tinted = (picture * rng.uniform(0.7, 1.0, size=3)).astype(np.uint8)
         Image.fromarray(tinted).save(person / f"{number % A_PERSON}.jpg", quality=95)
-
-
-def _upload(shards: Path, prefix: str) -> int:
-    """Put shards into S3, the manifest, which names them, last; their number."""
-    place = storage.open_prefix(prefix, patience=60)
-    place.check()
-    files = [path for path in sorted(shards.iterdir()) if path.is_file() and path.name != MANIFEST]
-    for path in [*files, shards / MANIFEST]:
-        place.write(path.name, path)
-    return sum(path.suffix == ".tar" for path in files)
 
 
 def _config(options: Options, tracking: str, shards: str) -> Path:

@@ -53,7 +53,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, module_background: Callable
         log=log,
         env=environment(MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false"),
     )
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MIEN_CACHE", str(folder / "cache"))
         patch.delenv("MIEN_ACTOR", raising=False)

@@ -20,20 +20,18 @@ pytest.importorskip("mlflow")
 pytest.importorskip("skimage")
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_the_chain_goes_from_pictures_to_a_judged_model_in_the_registry(tmp_path: Path, background: Start) -> None:
     folder, log = tmp_path / "local", tmp_path / "log"
     command = [sys.executable, "-m", "training.local", "--folder", str(folder)]
     command += ["--photos", "96", "--images", "16"]
     environ = environment(MIEN_SHARED=str(tmp_path / "nothing"))
-    text = finish(background(command, log=log, env=environ), log, timeout=360)
+    text = finish(background(command, log=log, env=environ), log, timeout=570)
     assert "2 processes on cpu" in text and "alias candidate" in text
     # Training read its shards from S3 through a cache that was empty, and wrote its checkpoints there and nowhere else.
     assert json.loads((folder / "runs" / "local" / "config.json").read_text())["data"]["shards"] == "s3://mien/shards"
-    sizes = {path.stat().st_size for path in (folder / "shards").glob("*.tar")}
-    assert sizes and sizes <= {
-        path.stat().st_size for path in (folder / "cache" / "shards").rglob("*") if path.is_file()
-    }
+    assert len([p for p in (folder / "cache" / "shards").rglob("*") if p.is_file() and p.stat().st_size > 100_000]) == 2
+    assert not list(folder.glob("**/*.tar"))
     assert "files of checkpoints in s3://mien/checkpoints" in text
     assert not (folder / "runs" / "local" / "checkpoints").exists()
     # What the registry gave to evaluate is the run's model, and both runs are in MLflow's database.

@@ -43,7 +43,7 @@ class Server:
         ]
         log = self.folder / "log"
         self.process = self._start(command, log=log, env=environment(MLFLOW_SERVER_ENABLE_JOB_EXECUTION="false"))
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 240
         while time.monotonic() < deadline and self.process.poll() is None:
             try:
                 if httpx.get(f"{self.uri}/health", timeout=1).status_code == 200:
