@@ -37,9 +37,9 @@ logger = logging.getLogger(__name__)
 EIGENFACES: Final = (640, 450)
 
 # A likeness is the mean of two faces, the second one of so many that are nearest to the first: a blend of what is alike
-# has no double edges. It is drawn out by so much, as a mean is plainer than a face.
+# has no double edges. It is drawn out by so much, as a mean is plainer than a face and alike to other means.
 _NEAREST: Final = 6
-_STRENGTH: Final = 1.15
+_STRENGTH: Final = 1.55
 # Donors are seen and lit from the front (the share of training faces whose leading coordinates are smallest) and no
 # outliers (glasses, hands, paint), of at most so many times the median energy.
 _FRONTAL: Final = 0.35
