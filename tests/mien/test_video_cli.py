@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,12 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 from numpy.typing import NDArray
 from PIL import Image
 
 from mien import cli
 from mien.detection import MTCNNDetector
 from mien.video import synthetic
+from mien.video.codecs import CODECS
 from tests.mien.video_parts import differ, frames
 
 SECRET = "hunter-two-and-a-half"
@@ -152,6 +155,25 @@ def test_what_cannot_be_is_said_before_any_work(folder: Path, mien: Callable[...
     assert not (folder / "y.mp4").exists()
     dry = mien("anonymize", "clip.mp4", "--dry-run")
     assert dry.out.splitlines()[0] == "clip.mp4 -> clip.anon.mp4" and not (folder / "clip.anon.mp4").exists()
+
+
+def test_the_page_about_clips_names_commands_and_options_that_there_are() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "video.md").read_text()
+    blocks = re.findall(r"```sh\n(.*?)```", page, flags=re.DOTALL)
+    lines = [
+        found for block in blocks for found in re.findall(r"^(?:MIEN_PASSWORD=\S+ )?mien (\w+) (.*)$", block, re.M)
+    ]
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    assert {command for command, _ in lines} == {"anonymize", "detect", "live", "recover"}
+    for command, rest in lines:
+        known = {name for parameter in commands[command].params for name in parameter.opts}
+        arguments = rest.partition(" #")[0].split()
+        assert {a for a in arguments if a.startswith("-")} <= known, (command, rest)
+    for name in re.findall(r"`(--[a-z-]+)", page):
+        if name not in ("--clips",):  # of services.evaluate
+            assert any(name in p.opts for command in commands.values() for p in command.params), name
+    for codec in re.findall(r"--codec ([a-z0-9-]+)", page):
+        assert codec in CODECS
 
 
 @pytest.mark.parametrize(
