@@ -170,7 +170,7 @@ def test_the_page_about_clips_names_commands_and_options_that_there_are() -> Non
         arguments = rest.partition(" #")[0].split()
         assert {a for a in arguments if a.startswith("-")} <= known, (command, rest)
     for name in re.findall(r"`(--[a-z-]+)", page):
-        if name not in ("--clips",):  # of services.evaluate
+        if name not in ("--clips", "--frames"):  # of services.evaluate
             assert any(name in p.opts for command in commands.values() for p in command.params), name
     for codec in re.findall(r"--codec ([a-z0-9-]+)", page):
         assert codec in CODECS
