@@ -353,7 +353,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="training.eigenface", description=__doc__)
     parser.add_argument("--shards", required=True, help="folder with manifest.json and its shards")
     parser.add_argument("--out", required=True, type=Path, help="model folder that is written")
-    parser.add_argument("--bits", type=int, default=16, help="N, the length of a code; a multiple of 4")
+    parser.add_argument("--bits", type=int, default=64, help="N, the length of a code; a multiple of 4")
     parser.add_argument("--steps", type=int, default=500, help="of the context's regression")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--limit", type=int, help="use only the first so many training samples (dry runs)")
