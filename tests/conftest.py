@@ -19,6 +19,16 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ.setdefault("PYTHONPYCACHEPREFIX", str(ROOT / ".cache" / "pycache"))
 
 
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """What code under test sets for its own process (MLflow's patience) is not the next test's."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real faces and recogniser weights that lies beside the project (``MIEN_SHARED``)."""
