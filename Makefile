@@ -62,6 +62,7 @@ proto: env ## the gRPC messages and stubs in mien/v1 from serving/proto
 
 bench: env ## the benchmarks, as ratios measured in one run; writes bench/*.json
 	for name in serving ingest streaming video; do test ! -e bench/$$name.py || $(BIN)/python -m bench.$$name; done
+	$(BIN)/python -m bench.scale --write docs/scale.md
 
 soak: env ## the acceptance runs of minutes that `make test` skips
 	MIEN_SOAK=1 $(BIN)/python -m pytest -m soak --timeout 3600

@@ -579,7 +579,8 @@ def _aligned_steps(
 
 
 def _checked(crops: Tensor, changed: Tensor, *, must_change: bool) -> Tensor:
-    if changed.shape != crops.shape or not bool(torch.isfinite(changed).all()):
+    # What is not finite makes the sum so too, in a twentieth of the time.
+    if changed.shape != crops.shape or not bool(torch.isfinite(changed.sum())):
         raise ModelError("the network's output is not a finite picture of its input's shape")
     changed = changed.detach().cpu()
     if must_change and unchanged(crops, changed):
