@@ -20,11 +20,11 @@ os.environ.setdefault("PYTHONPYCACHEPREFIX", str(ROOT / ".cache" / "pycache"))
 
 
 @pytest.fixture(autouse=True)
-def _environment() -> Iterator[None]:
-    """What code under test sets for its own process (MLflow's patience) is not the next test's."""
-    before = dict(os.environ)
+def _patience() -> Iterator[None]:
+    """How long MLflow's client waits is set for a whole process by whoever calls it, and is not the next test's."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_HTTP_")}
     yield
-    for name in os.environ.keys() - before.keys():
+    for name in [name for name in os.environ if name.startswith("MLFLOW_HTTP_")]:
         del os.environ[name]
     os.environ.update(before)
 
