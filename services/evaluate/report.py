@@ -254,9 +254,14 @@ def summary(flat: Flat) -> list[tuple[str, Cell, str]]:
     row(
         "Known plaintext",
         percent(flat, "attack.known-plaintext.success", "low"),
-        "of codes fall to who has one original beside its anonymized picture",
+        "of right codes are known when they are tried, from one original" + _effort(flat),
     )
     return rows
+
+
+def _effort(flat: Flat) -> str:
+    hours = flat.get("attack.known-plaintext.hours-for-all-codes")
+    return f"; trying all takes {hours:,.0g} hours" if isinstance(hours, (int, float)) else ""
 
 
 def sections(flat: Flat, results: Mapping[str, Result]) -> list[Section]:

@@ -368,8 +368,9 @@ PROCESSES = textwrap.dedent(
             if number == 0:
                 children = [child.pid for child in multiprocessing.active_children()]
                 print(*children, flush=True)
-                victim = os.getpid() if sys.argv[3] == "main" else children[0]
-                os.kill(victim, signal.SIGKILL)
+                # All of them: what one leaves, another may have done before anybody notices.
+                for victim in [os.getpid()] if sys.argv[3] == "main" else children:
+                    os.kill(victim, signal.SIGKILL)
         Site.write_part = write_part
         pipeline.run(IngestConfig.model_validate_json(sys.argv[1]), sys.argv[2], workers=2)
     """
