@@ -111,8 +111,8 @@ def fit(
         rest = target - regression.predict(faces.around, leading) * scale
         axes = _whiten(network, bases, rest)
         network.context.load_state_dict(regression.turned(axes, scale))
-        for side, basis in zip(network._sides(), bases, strict=True):
-            _settle_grain(side, basis, faces.colour[0 if side is network.sides[0] else 1], config, device)
+        for side, colour in zip(network._sides(), faces.colour, strict=True):
+            _settle_grain(side, colour, config.grain_deviation)
         z = _latent(network, faces, device)[0]
         _settle_likenesses(network, z, leading / network.leading_scale, seed)
         z_val, g_val, mean, face = _latent(network, held_out, device)
@@ -284,13 +284,12 @@ def _whiten(network: EigenfaceTransformer, bases: Sequence[Basis], rest: Tensor)
     return torch.block_diag(*blocks)
 
 
-def _settle_grain(side: Side, basis: Basis, colour: Tensor, config: EigenfaceConfig, device: torch.device) -> None:
+def _settle_grain(side: Side, colour: Tensor, deviation: float) -> None:
     """Choose the quietest coordinates of what the eigenfaces of colour do not span."""
-    side.order.copy_(_pivots(basis.colour))
+    side.order.copy_(_pivots(side.colour.cpu()))
     complement = side.complete().float()
-    c = config.grain_deviation
     # Tails count as far as they come through.
-    natural = torch.asinh(colour[:: max(1, len(colour) // 2500)] @ complement / c).square().mean(dim=0)
+    natural = torch.asinh(colour[:: max(1, len(colour) // 2500)] @ complement / deviation).square().mean(dim=0)
     side.quiet.copy_(natural.argsort()[: len(side.quiet)].sort().values)
     side.forget()
 

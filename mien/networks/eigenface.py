@@ -64,7 +64,7 @@ class EigenfaceConfig(BaseModel):
     """Coordinates of the grain, g."""
     grain_deviation: PositiveFloat = 16 / 127.5
     """Of a grain coordinate, on the stretched scale: what the face is hidden under; how strong the hidden face is."""
-    likenesses: PositiveInt = Field(512, multiple_of=2)
+    likenesses: int = Field(512, ge=2)
     """Faces s that codes choose from; a power of two."""
     colour_weight: PositiveFloat = 3.0
     """Of colour against luma when eigenfaces of both are put in one order."""
@@ -192,17 +192,16 @@ class Likenesses(nn.Module):
     def __init__(self, count: int, size: int, *, bits: int, seed: int) -> None:
         super().__init__()
         self.register_buffer("faces", torch.randn(count, size) * 0.3)
-        digits = max(1, count.bit_length() - 1)
+        digits = count.bit_length() - 1  # a power of two
         generator = torch.Generator().manual_seed(seed)
-        numbers = torch.randint(1, max(2, count), (bits,), generator=generator)
+        numbers = torch.randint(1, count, (bits,), generator=generator)
         # The numbers as binary digits: [N, digits].
         self.register_buffer("table", ((numbers[:, None] >> torch.arange(digits)) & 1).float(), persistent=False)
-        self.count = count
 
     def forward(self, codes: Tensor) -> Tensor:
         digits = ((codes > 0).float() @ self.table).long() & 1
         number = (digits << torch.arange(digits.shape[1], device=digits.device)).sum(dim=1)
-        return self.faces[number % self.count]
+        return self.faces[number]
 
 
 class Side(nn.Module):
