@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mien import compositing, geometry
-from mien.detection import Detector, MTCNNDetector
+from mien.detection import Detector
 from mien.errors import NoFaceFound, NoSuchFace, WrongModel
 from mien.model import Model, Operation
 from mien.passwords import Code
@@ -27,7 +27,7 @@ from mien.video.container import Clip, Frame, Reader, Writer
 from mien.video.editing import FaceInFrame, Transform, edit
 from mien.video.errors import InvalidVideo
 from mien.video.geometry_track import ClipGeometry, Colour
-from mien.video.tracking import State, Tracker, TrackerConfig
+from mien.video.tracking import State, Tracker, TrackerConfig, tracking_detector
 from mien.video.trajectories import Trajectories, Trajectory
 
 Progress = Callable[[str, int, int], None]
@@ -37,9 +37,6 @@ Progress = Callable[[str, int, int], None]
 _BATCH_FACES: Final = 32
 _BATCH_FRAMES: Final = 16
 _BATCH_BYTES: Final = 192 * 1024 * 1024
-
-# Weak detections may carry a track on, and start none (TrackerConfig.new_confidence).
-WEAK: Final = 0.7
 
 _THUMBNAIL: Final = 96
 
@@ -130,8 +127,7 @@ def find_tracks(
 
 def video_detector(model: Model) -> Detector:
     """The model's detector, and where it is MTCNN one that also answers weak detections, which carry tracks on."""
-    detector = model.detector
-    return detector.with_confidence(WEAK) if isinstance(detector, MTCNNDetector) else detector
+    return tracking_detector(model.detector)
 
 
 def anonymize(

@@ -155,13 +155,13 @@ def list_tracks(source: Path, *, as_json: bool, sheet: Path | None, no_sheet: bo
     from mien.detection import MTCNNDetector
     from mien.store import write_atomically
     from mien.video import clips
-    from mien.video.tracking import State, TrackerConfig
+    from mien.video.tracking import WEAK, State, TrackerConfig
 
     want_sheet = not no_sheet and (sheet is not None or not as_json)
     with _terminable(), _progress(as_json) as progress:
         found = clips.find_tracks(
             source,
-            MTCNNDetector(min_confidence=clips.WEAK),
+            MTCNNDetector(min_confidence=WEAK),
             config=TrackerConfig(every=every),
             thumbnails=want_sheet,
             progress=progress,

@@ -66,7 +66,9 @@ class LiveResult:
 
 
 @dataclass(eq=False)
-class _Waiting:
+class Waiting:
+    """A frame whose faces are known as well as they will be, and not yet changed."""
+
     index: int
     time: float
     pixels: NDArray[np.uint8]
@@ -75,11 +77,14 @@ class _Waiting:
 
 
 class LiveFrames:
-    """Frames in, changed frames out, ``lookahead`` frames later at most. One instance is one stream and one thread.
+    """Frames in, changed frames out, ``lookahead`` frames later at most. One instance is one stream.
+
+    :meth:`push` is :meth:`follow`, one frame after the other, and then :meth:`change`, which knows nothing of other
+    frames: a server changes some frames while it follows the next ones.
 
     Args:
         transform: see :data:`~mien.video.editing.Transform`.
-        detector: finds faces; see :func:`~mien.video.clips.video_detector`.
+        detector: finds faces; see :func:`~mien.video.tracking.tracking_detector`.
         code: of every track, from ``Model.code_for``.
         operation: ``anonymize`` or ``recover``.
         size: side of the crops.
@@ -112,14 +117,24 @@ class LiveFrames:
         self._tracker = Tracker(detector, rate=rate, config=config)
         self._rate = rate
         self._smooth: dict[int, _OneEuro] = {}
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[Waiting] = deque()
         self._count = 0
         self._shape: tuple[int, ...] | None = None
 
     def push(
         self, pixels: NDArray[np.uint8], time: float | None = None, faces: Sequence[LiveFace] | None = None
     ) -> list[LiveResult]:
-        """Take a frame; give out those that are done.
+        """Take a frame; give out those that are done. Arguments and errors are those of :meth:`follow`."""
+        return self.change(self.follow(pixels, time, faces))
+
+    def flush(self) -> list[LiveResult]:
+        """The frames that still wait."""
+        return self.change(self.rest())
+
+    def follow(
+        self, pixels: NDArray[np.uint8], time: float | None = None, faces: Sequence[LiveFace] | None = None
+    ) -> list[Waiting]:
+        """Take a frame; give out those that wait no longer, for :meth:`change`. Not for two threads at once.
 
         Args:
             pixels: uint8 RGB ``[H, W, 3]``, all of one size; not modified.
@@ -137,17 +152,20 @@ class LiveFrames:
         index = self._count
         self._count += 1
         now = index / self._rate if time is None else time
-        frame = _Waiting(index, now, pixels, given=faces if self.operation == "recover" else None)
+        frame = Waiting(index, now, pixels, given=faces if self.operation == "recover" else None)
         self._waiting.append(frame)
         if frame.given is None:
             self._look(frame)
         return self._leave(self.lookahead)
 
-    def flush(self) -> list[LiveResult]:
-        """The frames that still wait."""
+    def rest(self) -> list[Waiting]:
+        """The frames that still wait, for :meth:`change`."""
         return self._leave(0)
 
-    def _look(self, frame: _Waiting) -> None:
+    def _leave(self, keep: int) -> list[Waiting]:
+        return [self._waiting.popleft() for _ in range(max(0, len(self._waiting) - keep))]
+
+    def _look(self, frame: Waiting) -> None:
         by_index = {waiting.index: waiting for waiting in self._waiting}
         base = frame.index - (self._tracker.frames)
         for seen in self._tracker.update(frame.pixels, frame.time):
@@ -160,9 +178,15 @@ class LiveFrames:
             known = place.faces.get(seen.track)
             if known is None or seen.state <= known[0]:
                 place.faces[seen.track] = seen.state, landmarks, seen.box
+        for gone in self._smooth.keys() - self._tracker.tracks:
+            del self._smooth[gone]
 
-    def _leave(self, keep: int) -> list[LiveResult]:
-        leaving = [self._waiting.popleft() for _ in range(max(0, len(self._waiting) - keep))]
+    def change(self, leaving: Sequence[Waiting]) -> list[LiveResult]:
+        """Change the faces of frames that wait no longer: one batch of the network. For any thread.
+
+        Raises:
+            What the transform raises, but for :class:`~mien.errors.ModelError`, which masks the face.
+        """
         if not leaving:
             return []
         faces = [list(frame.given) if frame.given is not None else self._faces(frame) for frame in leaving]
@@ -183,7 +207,7 @@ class LiveFrames:
             out.append(LiveResult(frame.index, frame.time, edited.pixels, told))
         return out
 
-    def _faces(self, frame: _Waiting) -> list[LiveFace]:
+    def _faces(self, frame: Waiting) -> list[LiveFace]:
         out = []
         for track, (state, landmarks, box) in sorted(frame.faces.items()):
             matrix = np.round(geometry.crop_transform(landmarks, self._size), 9)

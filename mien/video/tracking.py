@@ -21,10 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mien import geometry
-from mien.detection import Detector, Face
+from mien.detection import Detector, Face, MTCNNDetector
 from mien.geometry import Points
 
 Gray = NDArray[np.uint8]
+
+# Weak detections may carry a track on, and start none (TrackerConfig.new_confidence).
+WEAK: Final = 0.7
 
 # Points followed by optical flow: a grid over the face, in pixels of Mien's 128 pixel crop.
 _GRID: Final[Points] = np.stack(np.meshgrid(np.linspace(36, 92, 8), np.linspace(42, 106, 8)), axis=-1).reshape(-1, 2)
@@ -64,10 +67,10 @@ class TrackerConfig:
     every: int = 1
     """Detect in every k-th frame, and in every frame in which a track is in doubt."""
     bridge: float = 2.0
-    """Seconds for which optical flow may carry a face that the detector does not see, and for which a lost track may
-    be found again."""
+    """Seconds for which optical flow may carry a face that the detector does not see."""
     hold: float = 0.25
-    """Seconds for which a face of which nothing is known any more stays masked."""
+    """Seconds for which a face of which nothing is known any more stays masked, also where flow may carry it no
+    longer. For so long a lost track may be found again."""
     lookback: float = 1.0
     """Seconds for which a face is followed backwards from where it was found."""
     max_lookback_frames: int = 60
@@ -130,6 +133,11 @@ class Tracker:
         self._past: deque[tuple[Gray, bool]] = deque(maxlen=lookback + 1)
         self._thumbnail: NDArray[np.float32] | None = None
 
+    @property
+    def tracks(self) -> frozenset[int]:
+        """Numbers of the faces that are followed now."""
+        return frozenset(track.number for track in self._alive)
+
     def update(self, pixels: NDArray[np.uint8], time: float | None = None) -> list[Observation]:
         """Take the next frame.
 
@@ -164,11 +172,13 @@ class Tracker:
             faces = self.detector.detect(pixels)
             for owner, face in self._associate(faces, now):
                 found += self._accept(owner, face, gray, factor, now, index)
-        self._alive = [t for t in self._alive if now - t.seen <= self.config.bridge + 1e-9]
+        bridge, hold = self.config.bridge + 1e-9, self.config.hold + 1e-9
+        self._alive = [t for t in self._alive if now - t.seen <= bridge + hold]
+        for alias, track in list(self._aliases.items()):
+            if track not in self._alive:
+                del self._aliases[alias]
         for track in self._alive:
-            if track.state is State.detected or (
-                track.state is State.held and now - track.sure > self.config.hold + 1e-9
-            ):
+            if track.state is State.detected or (track.state is State.held and now - track.sure > hold):
                 continue
             found.append(Observation(index, track.number, track.state, track.landmarks, track.box, 0.0))
         return found
@@ -178,7 +188,9 @@ class Tracker:
     def _predict(self, track: _Track, previous: Gray | None, gray: Gray, factor: float, now: float, index: int) -> None:
         """Where the face is by optical flow, else by the way it went; before the detector is asked."""
         moved = None
-        if previous is not None and track.state is not State.held:
+        # Flow is trusted for so long; where it may carry a face no longer, the face is not shown for it: it is masked.
+        trusted = now - track.seen <= self.config.bridge + 1e-9
+        if previous is not None and trusted and track.state is not State.held:
             moved = _follow(previous, gray, geometry.scale_points(track.landmarks, factor), track.look)
         if moved is None:
             # Slows down: after a second without news, where it was going says little.
@@ -285,6 +297,11 @@ class Tracker:
         if last is None:
             return False
         return bool(np.abs(small - last).mean() > 20 and _correlation(small, last) < 0.1)
+
+
+def tracking_detector(detector: Detector) -> Detector:
+    """A detector that, where it is MTCNN, also answers weak detections, which carry tracks on."""
+    return detector.with_confidence(WEAK) if isinstance(detector, MTCNNDetector) else detector
 
 
 def _gray(pixels: NDArray[np.uint8], side: int) -> tuple[Gray, float]:

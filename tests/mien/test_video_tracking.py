@@ -110,6 +110,13 @@ def test_without_looking_back_the_first_frames_would_slip(clip, remembering: Rem
     assert uncovered(trajectories, clip("move")) == list(range(8))
 
 
+def test_a_face_that_flow_may_carry_no_longer_is_masked_before_it_is_given_up(clip, remembering: Remembering) -> None:  # type: ignore[no-untyped-def]
+    tracker = Tracker(Blind(remembering, range(1, 99)), rate=25, config=TrackerConfig(bridge=0.4, hold=0.2))
+    states = [[seen.state for seen in tracker.update(shot.pixels)] for shot in clip("turn")[:20]]
+    assert states == [[State.detected], *[[State.flow]] * 10, *[[State.held]] * 5, *[[]] * 4]
+    assert not tracker.tracks
+
+
 def test_detecting_every_fifth_frame_asks_the_detector_a_fifth_as_often(clip, remembering: Remembering) -> None:  # type: ignore[no-untyped-def]
     trajectories, tracker = follow(clip("move"), remembering, TrackerConfig(every=5))
     assert uncovered(trajectories, clip("move")) == []
