@@ -9,8 +9,9 @@ One run, one machine, one model, so that the ratios mean something where the fig
 - *lone*: one request of one crop to an idle service, in turns with the same work done here without a service; what a
   door adds is the median of the differences,
 - *password*: what Argon2id takes of the processor, by design, of every request; on a CPU the network lacks it,
-- *of what is possible*: a door against the machine that does the network, the codec and Argon2id and nothing else: on a
-  CPU these take turns, beside a GPU they do not. What is missing there is what the door itself costs,
+- *caller*: what a face takes of the processor on the callers' side, of which the service is innocent,
+- *of what is possible*: a door against the machine that does the network, the codec, Argon2id and what the callers do,
+  and nothing else: on a CPU these take turns, beside a GPU they do not. What is missing there the door itself costs,
 - *paper*: the authors' generator at float32 in NCHW, its weights random: arithmetic alone.
 
 Bare, engine and doors take turns and are compared within a turn: a machine is seldom as fast now as a minute ago.
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 import io
 import json
 import logging
@@ -58,6 +60,10 @@ def main() -> None:
     parser.add_argument("--callers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5, help="in which bare, engine and doors take turns")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--precision", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--cuda-graphs", action="store_true")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "serving.json")
     asked = parser.parse_args()
     report = measure(asked)
@@ -73,17 +79,18 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
     model = mien.load(asked.model, device=asked.device)
     crops = faces(asked.faces, model.crop_size)
     say("bare network")
-    by_batch = {size: bare(model, size, asked.seconds / 2) for size in (1, 2, 4, 8, 16, 32, 64)}
+    by_batch = {size: bare(model, size, asked.seconds / 2, **tuning(asked)) for size in asked.batches}
     best = max(by_batch, key=lambda size: by_batch[size])
     strip = png(np.concatenate(list(crops)))
     one = png(crops[0])
     codec = seconds_of(lambda: recode(strip), asked.seconds / 4)
+    callers: dict[str, list[float]] = {"http": [], "grpc": []}
     with engine_of(asked, crops, best) as through_engine, service(asked, best) as (http, grpc):
         ways = {
-            "bare": lambda seconds: bare(model, best, seconds),
+            "bare": lambda seconds: bare(model, best, seconds, **tuning(asked)),
             "engine": through_engine,
-            "http": lambda seconds: by_many(lambda: http_caller(http, strip), asked, seconds),
-            "grpc": lambda seconds: by_many(lambda: grpc_caller(grpc, strip), asked, seconds),
+            "http": lambda seconds: by_many(lambda: http_caller(http, strip), asked, seconds, callers["http"]),
+            "grpc": lambda seconds: by_many(lambda: grpc_caller(grpc, strip), asked, seconds, callers["grpc"]),
         }
         say("engine and doors")
         rounds = [{name: way(asked.seconds / 2) for name, way in ways.items()} for _ in range(asked.rounds)]
@@ -93,7 +100,8 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
     password = cpu_seconds(lambda: model.code_for("anonymize", PASSWORD))
     say("the paper's architecture")
     paper = paper_network(asked, best, model.bits, model.crop_size)
-    besides = (codec + password) / asked.faces
+    caller = {name: statistics.median(taken) for name, taken in callers.items()}
+    besides = {name: (codec + password) / asked.faces + taken for name, taken in caller.items()}
     rate = statistics.median(a["bare"] for a in rounds)
     return {
         "machine": {"device": asked.device, "name": device_name(asked.device), "cpus": os.cpu_count()},
@@ -103,8 +111,8 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
         "callers": asked.callers,
         "bare": {"batch": best, "faces_per_second": rate, "by_batch": by_batch},
         "engine": shares(rounds, "engine", 0.0, asked.device),
-        "http": shares(rounds, "http", besides, asked.device),
-        "grpc": shares(rounds, "grpc", besides, asked.device),
+        "http": shares(rounds, "http", besides["http"], asked.device),
+        "grpc": shares(rounds, "grpc", besides["grpc"], asked.device),
         "rounds": rounds,
         "codec": {"seconds_per_face": codec / asked.faces, "share_of_a_bare_face": codec / asked.faces * rate},
         "password": {
@@ -112,6 +120,7 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
             # Of the processor time in which the bare network does the faces of one request.
             "share_of_a_request": password * rate / asked.faces / (os.cpu_count() or 1),
         },
+        "caller": {f"{name}_cpu_seconds_per_face": taken for name, taken in caller.items()},
         "lone": alone,
         "paper": {"faces_per_second": paper, "ours_over_paper": rate / paper},
     }
@@ -146,7 +155,7 @@ def table(report: dict[str, Any]) -> str:
     rows += [(n, report[n]["faces_per_second"], report[n]["of_bare"]) for n in ("engine", "http", "grpc")]
     lines = [f"{name:14} {rate:9.1f} faces/s {100 * ratio:6.1f} %" for name, rate, ratio in rows]
     for n, name in ((2, "http"), (3, "grpc")):
-        lines[n] += f" of bare, {100 * report[name]['of_possible']:.0f} % of what codec and Argon2id leave"
+        lines[n] += f" of bare, {100 * report[name]['of_possible']:.0f} % of what codec, Argon2id and callers leave"
     lone, paper, password = report["lone"], report["paper"], report["password"]
     lines.append(
         f"lone request   {1000 * lone['direct_seconds']:.1f} ms without a service ("
@@ -156,6 +165,13 @@ def table(report: dict[str, Any]) -> str:
     lines.append(
         f"Argon2id       {1000 * password['cpu_seconds']:.0f} ms of processor time a request, "
         f"{100 * password['share_of_a_request']:.0f} % of what its {report['faces_per_request']} faces take"
+    )
+    lines.append(
+        "callers        "
+        + ", ".join(
+            f"{name} {1e6 * report['caller'][name + '_cpu_seconds_per_face']:.0f} us" for name in ("http", "grpc")
+        )
+        + f" of processor time a face, against {1e6 / report['bare']['faces_per_second']:.0f} us that the network takes"
     )
     lines.append(
         f"paper (fp32)   {paper['faces_per_second']:9.1f} faces/s; ours does {paper['ours_over_paper']:.1f} x as many"
@@ -210,11 +226,22 @@ def lone(model: Any, picture: bytes, doors: dict[str, Callable[[], None]], secon
 # -- inside ---------------------------------------------------------------------------------------------------------
 
 
-def bare(model: Any, size: int, seconds: float) -> float:
-    """Faces a second of the network at one batch size, crops on the device."""
+def tuning(asked: argparse.Namespace) -> dict[str, Any]:
+    """How the network runs: settings of the service, and arguments of its runner."""
+    names = ("precision", "channels_last", "cuda_graphs")
+    return {name: getattr(asked, name) for name in names}
+
+
+def bare(model: Any, size: int, seconds: float, **how: Any) -> float:
+    """Faces a second of the network at one batch size, crops on the device before and after."""
+    from serving.runner import Runner
+
+    runner = Runner(model, batch_size=size, **how)
     codes = torch.zeros(size, model.bits, device=model.device) - 0.5
     images = torch.rand(size, 3, model.crop_size, model.crop_size, device=model.device) * 2 - 1
-    return size / seconds_of(lambda: forward(model.network, images, codes), seconds)
+    if how.get("channels_last"):
+        images = images.to(memory_format=torch.channels_last)
+    return size / seconds_of(lambda: forward(runner.on_device, images, codes), seconds)
 
 
 def forward(network: Any, images: torch.Tensor, codes: torch.Tensor) -> None:
@@ -241,7 +268,7 @@ def engine_of(asked: argparse.Namespace, crops: np.ndarray, batch: int) -> Itera
     from serving.settings import Settings
 
     log = structlog.wrap_logger(None, wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    settings = Settings(model=str(asked.model), device=asked.device, batch_size=batch, model_poll=0)
+    settings = Settings(model=str(asked.model), device=asked.device, batch_size=batch, model_poll=0, **tuning(asked))
     engine = Engine(settings, Metrics(), log)
     engine.start()
     while engine.status == "loading":
@@ -274,16 +301,17 @@ def engine_of(asked: argparse.Namespace, crops: np.ndarray, batch: int) -> Itera
 
 @contextmanager
 def service(asked: argparse.Namespace, batch: int) -> Iterator[tuple[str, str]]:
-    """``bentoml serve``; gives the address of HTTP and that of gRPC."""
+    """``bentoml serve``, or :mod:`bench.doors` where there is none; gives the address of HTTP and that of gRPC."""
     import httpx
 
     port, grpc_port = free_ports(2)
+    command = ["bench.doors", "--port", str(port), "--grpc-port", str(grpc_port)]
+    if importlib.util.find_spec("bentoml"):
+        command = ["bentoml", "serve", "serving.service:MienService", "--working-dir", str(ROOT)]
+        command += ["--host", "127.0.0.1", "--port", str(port)]
     with tempfile.TemporaryDirectory() as home, open(Path(home) / "log", "wb") as log:
         process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "bentoml", "serve", "serving.service:MienService"),
-                *("--host", "127.0.0.1", "--port", str(port), "--working-dir", str(ROOT)),
-            ],
+            [sys.executable, "-m", *command],
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -296,6 +324,7 @@ def service(asked: argparse.Namespace, batch: int) -> Iterator[tuple[str, str]]:
                 "MIEN_BATCH_SIZE": str(batch),
                 "MIEN_GRPC_PORT": str(grpc_port),
                 "MIEN_MODEL_POLL": "0",
+                **{f"MIEN_{name.upper()}": str(value) for name, value in tuning(asked).items()},
                 "BENTOML_HOME": home,
             },
         )
@@ -344,8 +373,10 @@ def grpc_caller(address: str, picture: bytes) -> Callable[[], None]:
     return lambda: stub.Anonymize(message, timeout=120) and None
 
 
-def by_many(make: Callable[[], Callable[[], None]], asked: argparse.Namespace, seconds: float) -> float:
-    """Faces a second of callers that ask without a pause."""
+def by_many(
+    make: Callable[[], Callable[[], None]], asked: argparse.Namespace, seconds: float, costs: list[float]
+) -> float:
+    """Faces a second of callers that ask without a pause; what a face takes of the processor here goes to ``costs``."""
     finished: list[float] = []
     calls = [make() for _ in range(asked.callers)]
     ends = time.monotonic() + seconds + 1
@@ -356,10 +387,12 @@ def by_many(make: Callable[[], Callable[[], None]], asked: argparse.Namespace, s
             finished.append(time.monotonic())
 
     threads = [threading.Thread(target=run, args=(call,)) for call in calls]
+    began = time.process_time()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    costs.append((time.process_time() - began) / len(finished) / asked.faces)
     return asked.faces * rate_of(finished)
 
 

@@ -76,16 +76,39 @@ class Runner:
             crops = torch.cat([crops, crops.new_zeros(size - count, *crops.shape[1:])])
             codes = torch.cat([codes, codes.new_zeros(size - count, codes.shape[1])])
         with torch.inference_mode():
-            images = crops.to(self._device, torch.float32, memory_format=self._format)
-            conditions = codes_to_tensor(codes.to(self._device))
-            if self._capture:
-                graph = self._graphs.get(size)
-                if graph is None:
-                    graph = self._graphs[size] = _Graph(self._pass, images, conditions)
-                out = graph(images, conditions)
-            else:
-                out = self._pass(images, conditions)
-            return out[:count].float().cpu().contiguous()
+            images = self._sent(crops).to(torch.float32, memory_format=self._format)
+            return self._fetched(self.on_device(images, codes_to_tensor(self._sent(codes)))[:count])
+
+    def on_device(self, images: Tensor, conditions: Tensor) -> Tensor:
+        """The pass itself, of what is on the device already and of a shape that may be compiled or captured.
+
+        Args:
+            images: float32 ``[B, 3, S, S]`` on the device.
+            conditions: float32 ``[B, N]`` in {-0.5, +0.5} on the device.
+
+        Returns:
+            float ``[B, 3, S, S]`` on the device; where graphs are captured, valid until the next call.
+        """
+        if not self._capture:
+            return self._pass(images, conditions)
+        graph = self._graphs.get(len(images))
+        if graph is None:
+            graph = self._graphs[len(images)] = _Graph(self._pass, images, conditions)
+        return graph(images, conditions)
+
+    def _sent(self, tensor: Tensor) -> Tensor:
+        # The driver copies pageable memory in small pieces; torch keeps pinned blocks for the next time.
+        if self._device.type != "cuda":
+            return tensor.to(self._device)
+        return tensor.pin_memory().to(self._device, non_blocking=True)
+
+    def _fetched(self, out: Tensor) -> Tensor:
+        if self._device.type != "cuda":
+            return out.float().cpu().contiguous()
+        host = torch.empty(out.shape, dtype=torch.float32, pin_memory=True)
+        host.copy_(out.float().contiguous(), non_blocking=True)
+        torch.cuda.current_stream(self._device).synchronize()
+        return host
 
     def warm_up(self) -> None:
         """Run once in every shape that is compiled or captured, else alone; and see that the model does its work.
