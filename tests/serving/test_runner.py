@@ -58,7 +58,7 @@ def test_no_way_to_run_it_changes_what_comes_out(
         assert difference.max() <= 1
 
 
-def test_fixed_shapes_are_powers_of_two_up_to_the_batch_size(tiny_model: Path) -> None:
+def test_fixed_shapes_are_powers_of_two_and_the_batch_size(tiny_model: Path) -> None:
     seen: list[int] = []
 
     def backend(graph: Any, inputs: list[torch.Tensor]) -> Any:
@@ -66,12 +66,12 @@ def test_fixed_shapes_are_powers_of_two_up_to_the_batch_size(tiny_model: Path) -
         return graph.forward
 
     model = mien.load(tiny_model, device="cpu")
-    runner = Runner(model, batch_size=6, compile=True, backend=backend)  # type: ignore[arg-type]
+    runner = Runner(model, batch_size=3, compile=True, backend=backend)  # type: ignore[arg-type]
     runner.warm_up()
     warm = sorted(set(seen))
-    assert warm == [1, 2, 4, 6]
+    assert warm == [1, 2, 3]
     seen.clear()
-    for count in range(1, 7):
+    for count in (1, 2, 3):
         crops, codes = torch.rand(count, 3, 128, 128), torch.zeros(count, model.bits, dtype=torch.bool)
         assert runner(crops, codes).shape == crops.shape
     assert seen == [], "a shape was compiled while requests wait"
