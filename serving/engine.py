@@ -40,6 +40,7 @@ from serving.settings import Settings
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from mien.detection import Face
     from mien.model import Model
@@ -122,8 +123,8 @@ class Codes:
     """The codes of one request's or stream's faces, derived once from its passwords."""
 
     def __init__(self, usual: Code | None, single: dict[int, Code]) -> None:
-        self._usual = usual
-        self._single = single
+        self.usual = usual
+        self.single = single
 
     def of(self, faces: Sequence[int]) -> NDArray[np.bool_]:
         """bool ``[F, N]``.
@@ -133,7 +134,7 @@ class Codes:
         """
         import numpy as np
 
-        chosen = [self._single.get(n, self._usual) for n in faces]
+        chosen = [self.single.get(n, self.usual) for n in faces]
         if any(code is None for code in chosen):
             raise MalformedRequest(_NO_PASSWORD)
         return np.stack([code for code in chosen if code is not None])
@@ -310,6 +311,12 @@ class Engine:
                 raise self._overloaded()
             self._buffered += count
             call.buffered += count
+
+    def release(self, call: Call, count: int) -> None:
+        """Some of the bytes that :meth:`receive` counted are kept no longer."""
+        with self._lock:
+            self._buffered -= count
+            call.buffered -= count
 
     def _end(self, call: Call) -> None:
         with self._lock:
@@ -524,15 +531,28 @@ class Engine:
         of_faces = codes().of(chosen)
         plan = subset(found, chosen)
         steps = model.steps(picture, plan, operation, aligned=options.aligned)
-        served = call.served or self._serving()
         try:
             crops = next(steps)
             while True:
-                call.check()
-                crops = steps.send(self._batcher.transform(served.run, crops.images, _rows(of_faces, crops.faces)))
+                crops = steps.send(self.batch(call, crops.images, _rows(of_faces, crops.faces)))
         except StopIteration as finished:
             done: Picture = finished.value
             return done, plan
+
+    def batch(self, call: Call, crops: Tensor, codes: Tensor) -> Tensor:
+        """Transform crops with the call's model, in batches with everybody else's.
+
+        Args:
+            call: the request.
+            crops: float ``[F, 3, S, S]`` in [-1, 1].
+            codes: bool ``[F, N]``.
+
+        Raises:
+            CallerGone: nobody waits any more.
+            ArithmeticError: what came out is not finite.
+        """
+        call.check()
+        return self._batcher.transform((call.served or self._serving()).run, crops, codes)
 
     def encode(
         self,

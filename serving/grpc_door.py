@@ -10,7 +10,8 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
@@ -21,7 +22,7 @@ from pydantic import SecretStr
 
 from mien.v1 import face_identity_pb2 as pb
 from mien.v1 import face_identity_pb2_grpc as stubs
-from serving import logs
+from serving import live, logs
 from serving.engine import Call, Codes, Edit, Engine, check_passwords
 from serving.options import EditOptions, parse
 from serving.problems import (
@@ -35,6 +36,7 @@ from serving.problems import (
 
 if TYPE_CHECKING:
     from mien.pictures import FaceGeometry, Geometry, Picture
+    from mien.video.live import LiveResult
 
 SERVICE: Final = pb.DESCRIPTOR.services_by_name["FaceIdentity"].full_name
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -44,6 +46,11 @@ _FORMATS: Final = {
     pb.IMAGE_FORMAT_PNG: "png",
     pb.IMAGE_FORMAT_JPEG: "jpeg",
     pb.IMAGE_FORMAT_WEBP: "webp",
+}
+_STATES: Final = {
+    "detected": pb.TrackedFace.STATE_DETECTED,
+    "flow": pb.TrackedFace.STATE_FLOW,
+    "held": pb.TrackedFace.STATE_HELD,
 }
 # Room in a message for what is not the picture.
 _ENVELOPE: Final = 64 * 1024
@@ -154,6 +161,7 @@ class _Stream:
     raw: bool
     fail_without_face: bool
     codes: Codes
+    tracking: live.Tracking | None
 
 
 class Servicer(stubs.FaceIdentityServicer):
@@ -231,34 +239,112 @@ class Servicer(stubs.FaceIdentityServicer):
         with engine.stream(), entry.call(operation, "grpc-stream", endless=True) as call:
             call.facts.update(bytes_in=0, bytes_out=0, faces=0, frames=0)
             stream = await self._begin(call, operation, first.options)
-            # Its size is the window: the reader stops when that many frames wait for their answers.
-            pending: asyncio.Queue[asyncio.Task[pb.TransformStreamResponse] | None] = asyncio.Queue(
-                engine.settings.stream_window
-            )
-            reader = asyncio.ensure_future(self._read(call, stream, requests, pending))
-            try:
-                while (frame := await _first_of(pending, reader)) is not None:
-                    response = await frame
+            async with aclosing(
+                self._each(call, stream, requests)
+                if stream.tracking is None
+                else self._followed(call, stream, stream.tracking, requests)
+            ) as responses:
+                async for response in responses:
                     call.facts["frames"] += 1
                     call.facts["faces"] += len(response.geometry.faces)
                     call.facts["bytes_out"] += response.ByteSize()
                     engine.metrics.frames.labels(operation).inc()
                     yield response
-                await reader
-            finally:
-                call.abandoned.set()
-                reader.cancel()
-                while not pending.empty():
-                    left = pending.get_nowait()
-                    if left is not None:
-                        left.cancel()
 
     async def _begin(self, call: Call, operation: Edit, options: pb.StreamOptions) -> _Stream:
         raw = options.edit.format == pb.IMAGE_FORMAT_RAW
         edit = _options(options.edit, frames=True)
+        tracking = _tracking(options, operation, edit) if options.HasField("tracking") else None
         check_passwords(edit)
         codes = await self._engine.run_frame(call, lambda: self._engine.codes(call, edit))
-        return _Stream(operation, edit, raw, options.fail_without_face, codes)
+        return _Stream(operation, edit, raw, options.fail_without_face, codes, tracking)
+
+    async def _each(
+        self, call: Call, stream: _Stream, requests: AsyncIterator[pb.TransformStreamRequest]
+    ) -> AsyncGenerator[pb.TransformStreamResponse]:
+        """Every frame by itself, some at once."""
+        # Its size is the window: the reader stops when that many frames wait for their answers.
+        pending: asyncio.Queue[asyncio.Task[pb.TransformStreamResponse] | None] = asyncio.Queue(
+            self._engine.settings.stream_window
+        )
+        reader = asyncio.ensure_future(self._read(call, stream, requests, pending))
+        try:
+            while (frame := await live.first_of(pending, reader)) is not None:
+                yield await frame
+            await reader
+        finally:
+            call.abandoned.set()
+            reader.cancel()
+            while not pending.empty():
+                left = pending.get_nowait()
+                if left is not None:
+                    left.cancel()
+
+    def _followed(
+        self,
+        call: Call,
+        stream: _Stream,
+        tracking: live.Tracking,
+        requests: AsyncIterator[pb.TransformStreamRequest],
+    ) -> AsyncGenerator[pb.TransformStreamResponse]:
+        """Faces followed from frame to frame; see :mod:`serving.live`."""
+
+        def finish(frame: live.Incoming, picture: Picture, result: LiveResult) -> pb.TransformStreamResponse:
+            return self._tracked(call, stream, frame, picture, result)
+
+        followed = live.Stream(self._engine, call, stream.codes, tracking, finish)
+        return followed.answers(self._incoming(call, stream, requests))
+
+    async def _incoming(
+        self, call: Call, stream: _Stream, requests: AsyncIterator[pb.TransformStreamRequest]
+    ) -> AsyncIterator[live.Incoming]:
+        async for frame in self._sent(call, requests):
+            if frame.HasField("geometry"):
+                raise MalformedRequest("The frames of a stream that follows faces carry no geometry of their own.")
+            seconds = frame.time if frame.HasField("time") else None
+            if seconds is not None and not abs(seconds) < 1e12:
+                raise MalformedRequest("The time of a frame is a number of seconds.")
+            yield live.Incoming(frame.id, seconds, lambda frame=frame: self._picture(frame, stream.options))  # type: ignore[misc]
+
+    def _tracked(
+        self, call: Call, stream: _Stream, frame: live.Incoming, picture: Picture, result: LiveResult
+    ) -> pb.TransformStreamResponse:
+        """The answer to a frame whose faces were followed, on a worker thread."""
+        from mien.errors import NoFaceFound
+        from mien.pictures import FaceGeometry, Geometry
+
+        if stream.fail_without_face and not result.faces:
+            raise NoFaceFound("No face was found in the frame.")
+        model = call.model
+        geometry = Geometry(
+            width=picture.width,
+            height=picture.height,
+            crop_size=model.crop_size,
+            template=model.config.template,
+            model=model.digest,
+            faces=tuple(
+                FaceGeometry.model_validate({"box": face.box.tolist(), "matrix": face.matrix.tolist()})
+                for face in result.faces
+                if not face.masked
+            ),
+        )
+        done = picture.with_pixels(result.pixels, geometry if geometry.faces else None)
+        response = self._response(call, stream, frame.id, done, geometry.faces, source=picture, received=0)
+        response.tracked.extend(
+            pb.TrackedFace(
+                track=face.track, box=_box(face.box.tolist()), state=_STATES[face.state.name], masked=face.masked
+            )
+            for face in result.faces
+        )
+        response.dropped.extend(frame.dropped)
+        return response
+
+    async def _sent(self, call: Call, requests: AsyncIterator[pb.TransformStreamRequest]) -> AsyncIterator[pb.Frame]:
+        while (message := await _next(requests, self._engine.settings.request_timeout)) is not None:
+            if message.WhichOneof("message") != "frame":
+                raise MalformedRequest("After its options a stream has frames only.")
+            call.facts["bytes_in"] += len(message.frame.encoded) + len(message.frame.raw.rgb)
+            yield message.frame
 
     async def _read(
         self,
@@ -267,11 +353,7 @@ class Servicer(stubs.FaceIdentityServicer):
         requests: AsyncIterator[pb.TransformStreamRequest],
         pending: asyncio.Queue[asyncio.Task[pb.TransformStreamResponse] | None],
     ) -> None:
-        while (message := await _next(requests, self._engine.settings.request_timeout)) is not None:
-            if message.WhichOneof("message") != "frame":
-                raise MalformedRequest("After its options a stream has frames only.")
-            frame = message.frame
-            call.facts["bytes_in"] += len(frame.encoded) + len(frame.raw.rgb)
+        async for frame in self._sent(call, requests):
             task = asyncio.ensure_future(
                 self._engine.run_frame(call, lambda frame=frame: self._frame(call, stream, frame))
             )
@@ -305,8 +387,21 @@ class Servicer(stubs.FaceIdentityServicer):
             if stream.fail_without_face:
                 raise
             done, changed = picture.with_pixels(picture.pixels, None), ()
+        return self._response(call, stream, frame.id, done, changed, source=picture, received=len(frame.encoded))
+
+    def _response(
+        self,
+        call: Call,
+        stream: _Stream,
+        number: int,
+        done: Picture,
+        changed: Sequence[FaceGeometry],
+        *,
+        source: Picture,
+        received: int,
+    ) -> pb.TransformStreamResponse:
         response = pb.TransformStreamResponse(
-            id=frame.id,
+            id=number,
             model_digest=call.model.digest,
             geometry=pb.Geometry(
                 width=done.width,
@@ -322,7 +417,7 @@ class Servicer(stubs.FaceIdentityServicer):
             response.raw.rgb = done.pixels.tobytes()
         else:
             response.encoded = self._engine.encode(
-                call, done, changed, stream.options, source=picture, received=len(frame.encoded)
+                call, done, changed, stream.options, source=source, received=received
             )
         return response
 
@@ -428,20 +523,22 @@ async def _next(
         raise UploadStalled(f"The stream stood still for {patience:g} seconds.") from None
 
 
-async def _first_of(pending: asyncio.Queue[T], reader: asyncio.Future[None]) -> T | None:
-    """The next frame in order; or what went wrong with reading, once every frame before it has been answered."""
-    if pending.empty():
-        get = asyncio.ensure_future(pending.get())
-        try:
-            await asyncio.wait({get, reader}, return_when=asyncio.FIRST_COMPLETED)
-            if get.done():
-                return get.result()
-            if reader.done() and pending.empty():
-                reader.result()
-        finally:
-            if not get.done():
-                get.cancel()
-    return await pending.get()
+def _tracking(options: pb.StreamOptions, operation: Edit, edit: EditOptions) -> live.Tracking:
+    """What a stream that follows faces asks for.
+
+    Raises:
+        MalformedRequest: out of range, or together with what such a stream has not.
+    """
+    if operation != "anonymize":
+        raise MalformedRequest("Faces are followed to anonymize them; recovering takes each frame's geometry.")
+    if edit.aligned or options.edit.selection != pb.FaceSelection():
+        raise MalformedRequest("A stream that follows faces takes neither a selection nor aligned crops.")
+    asked = options.tracking
+    return live.Tracking(
+        lookahead=asked.lookahead if asked.HasField("lookahead") else live.DEFAULT_LOOKAHEAD,
+        rate=asked.rate if asked.HasField("rate") else live.DEFAULT_RATE,
+        drop=asked.drop,
+    )
 
 
 def _options(options: pb.EditOptions, *, frames: bool) -> EditOptions:

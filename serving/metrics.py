@@ -58,6 +58,9 @@ class Metrics:
         self.uploads = Gauge("mien_uploads", "Requests whose body is being received", registry=r)
         self.streams = Gauge("mien_streams", "TransformStream calls open", registry=r)
         self.frames = Counter("mien_frames_total", "Video frames answered", ["operation"], registry=r)
+        self.dropped = Counter(
+            "mien_frames_dropped_total", "Video frames dropped to stay live, as their streams asked", registry=r
+        )
         self.model_stale = Gauge(
             "mien_model_stale", "1 while the model that was asked for is not the one that serves", registry=r
         )

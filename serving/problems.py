@@ -72,6 +72,10 @@ class NotReady(ServingError):
     """The model is not loaded (yet)."""
 
 
+class NotInstalled(ServingError):
+    """The service was installed without what the request needs."""
+
+
 class TookTooLong(ServingError):
     """The work did not finish within the request timeout."""
 
@@ -124,6 +128,7 @@ PROBLEMS: Final[dict[type[Exception], Problem]] = {
     RateLimited: Problem(429, "rate-limited", "Too many requests", "RESOURCE_EXHAUSTED", retry_after=1),
     Overloaded: Problem(429, "overloaded", "The service is busy", "RESOURCE_EXHAUSTED", retry_after=2),
     CallerGone: Problem(499, "caller-gone", "The caller closed the connection", "CANCELLED"),
+    NotInstalled: Problem(501, "not-installed", "The service was installed without this", "UNIMPLEMENTED"),
     NotReady: Problem(503, "not-ready", "The service is not ready", "UNAVAILABLE", retry_after=5),
     TookTooLong: Problem(503, "timeout", "The picture took too long", "DEADLINE_EXCEEDED", retry_after=10),
     Exception: Problem(500, "internal-error", "Something went wrong on our side", "INTERNAL"),

@@ -24,6 +24,6 @@ Importing this loads neither torch nor grpc; ``grpc://`` needs the ``grpc`` extr
 """
 
 from mien.clients.client import AsyncClient, Client
-from mien.clients.requests import Answer, Frame
+from mien.clients.requests import Answer, Frame, TrackedFace, Tracking
 
-__all__ = ["Answer", "AsyncClient", "Client", "Frame"]
+__all__ = ["Answer", "AsyncClient", "Client", "Frame", "TrackedFace", "Tracking"]

@@ -20,7 +20,7 @@ from PIL import Image
 from mien.clients import requests
 from mien.clients.failures import Attempts, Failed
 from mien.clients.http import HTTP, AsyncHTTP
-from mien.clients.requests import Answer, Edit, Faces, Files, Frame, Operation
+from mien.clients.requests import Answer, Edit, Faces, Files, Frame, Operation, Tracking
 from mien.detection import Face
 from mien.errors import NoFaceFound, ServiceTimeout
 from mien.geometry import CROP_SIZE, TEMPLATE_NAME
@@ -149,6 +149,7 @@ class Client:
         *,
         operation: Operation = "anonymize",
         fail_without_face: bool = False,
+        tracking: Tracking | None = None,
         **which: Unpack[Faces],
     ) -> Iterator[Frame]:
         """Change the frames of a video, in order.
@@ -162,23 +163,25 @@ class Client:
             password, which: as for :meth:`anonymize`; numbers are those of each frame's own faces.
             operation: ``anonymize`` or ``recover``.
             fail_without_face: raise :class:`NoFaceFound` instead.
+            tracking: follow faces from frame to frame; over gRPC, anonymizing. ``passwords`` are then those of tracks.
 
         Yields:
             The changed frames: pixels where pixels were sent.
 
         Raises:
             What :meth:`anonymize` raises, at the frame it concerns, and what ``frames`` raises.
-            ValueError: over HTTP, a frame to be anonymized has a geometry: only gRPC has a place for it.
+            ValueError: over HTTP, a frame to be anonymized has a geometry, or ``tracking``: only gRPC has these.
         """
         edit = Edit(operation, password, **which)
         given = (_frame(frame) for frame in frames)
         if self.url.startswith("grpc"):
             rpc: Any = self._transport
             try:
-                yield from rpc.stream(given, edit, fail_without_face, self._timeout)
+                yield from rpc.stream(given, edit, fail_without_face, self._timeout, tracking)
             except Failed as failed:
                 raise failed.error from None
             return
+        _refuse(tracking)
         with ThreadPoolExecutor(_WINDOW, thread_name_prefix="mien-frames") as pool:
             under_way: deque[Future[Frame]] = deque()
             try:
@@ -305,6 +308,7 @@ class AsyncClient:
         *,
         operation: Operation = "anonymize",
         fail_without_face: bool = False,
+        tracking: Tracking | None = None,
         **which: Unpack[Faces],
     ) -> AsyncIterator[Frame]:
         """:meth:`Client.stream` with ``async for``; ``frames`` may be an asynchronous iterable or a plain one.
@@ -315,13 +319,14 @@ class AsyncClient:
         given = _frames(frames)
         if self.url.startswith("grpc"):
             rpc: Any = self._transport
-            async with aclosing(rpc.stream(given, edit, fail_without_face, self._timeout)) as answers:
+            async with aclosing(rpc.stream(given, edit, fail_without_face, self._timeout, tracking)) as answers:
                 try:
                     async for answer in answers:
                         yield answer
                 except Failed as failed:
                     raise failed.error from None
             return
+        _refuse(tracking)
         under_way: deque[asyncio.Task[Frame]] = deque()
         try:
             async for frame in given:
@@ -411,6 +416,11 @@ async def _frames(
     else:
         for frame in given:
             yield _frame(frame)
+
+
+def _refuse(tracking: Tracking | None) -> None:
+    if tracking is not None:
+        raise ValueError("only gRPC follows faces; over HTTP every frame is a request of its own")
 
 
 def _without_request(frame: Frame, edit: Edit) -> Frame | None:

@@ -111,6 +111,33 @@ class Answer:
     """What the service's log calls the request."""
 
 
+@dataclass(frozen=True)
+class Tracking:
+    """Follow faces from frame to frame, so that one which the detector misses for a while stays changed; gRPC alone."""
+
+    lookahead: int = 12
+    """Frames that the service keeps back, so that a face it sees late is changed in those before as well. With 0 the
+    first frames of such a face come back *unchanged*."""
+    rate: float = 25.0
+    """Frames a second, nominal."""
+    drop: bool = False
+    """Stay live: the service drops the oldest frame that waits when a third one comes; :attr:`Frame.dropped` names it.
+    Otherwise ``frames`` is read no faster than the service works."""
+
+
+@dataclass(frozen=True)
+class TrackedFace:
+    """A face that is followed, in one frame."""
+
+    track: int
+    """Number of the track, from 0."""
+    box: tuple[float, float, float, float]
+    state: Literal["detected", "flow", "held"]
+    """The detector saw it, optical flow carried it on, or its place is a guess."""
+    masked: bool
+    """It could not be transformed and was masked; the others are, in this order, those of the frame's geometry."""
+
+
 @dataclass(frozen=True, eq=False)
 class Frame:
     """One frame of a video, on its way there or back."""
@@ -119,6 +146,14 @@ class Frame:
     """uint8 RGB ``[H, W, 3]``, or a file's bytes; what comes back is of the kind that was sent."""
     geometry: Geometry | None = None
     """There: the crops to change instead of detecting (empty: none). Back: those that were changed, for recovering."""
+    time: float | None = None
+    """There, with :class:`Tracking`: seconds; of all frames or of none."""
+    number: int | None = None
+    """Back, over gRPC: its place among the frames that were sent, from 0."""
+    tracked: tuple[TrackedFace, ...] = ()
+    """Back, with :class:`Tracking`: every face, by number of its track."""
+    dropped: tuple[int, ...] = ()
+    """Back, with ``Tracking.drop``: the places of the frames dropped between the one before and this one."""
 
 
 def image_to_bytes(image: Image.Image) -> bytes:

@@ -9,14 +9,14 @@ import queue
 import threading
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 from urllib.parse import urlsplit
 
 import numpy as np
 
 from mien import __version__, errors
 from mien.clients.failures import Failed, refused
-from mien.clients.requests import Answer, Box, Edit, Frame, check_frame
+from mien.clients.requests import Answer, Box, Edit, Frame, TrackedFace, Tracking, check_frame
 from mien.detection import Face
 from mien.pictures import MEDIA_TYPES, FaceGeometry, Format, Geometry
 
@@ -29,6 +29,13 @@ except ImportError as missing:  # pragma: no cover - the tests have it
     raise ImportError('grpc:// needs the grpc extra: pip install "mien[grpc]"') from missing
 
 _FORMATS: Final[Mapping[str, Format]] = {media_type: name for name, media_type in MEDIA_TYPES.items()}
+_STATES: Final[Mapping[int, Literal["detected", "flow", "held"]]] = {
+    pb.TrackedFace.STATE_DETECTED: "detected",
+    pb.TrackedFace.STATE_FLOW: "flow",
+    pb.TrackedFace.STATE_HELD: "held",
+}
+# Answers that wait in the client for who takes them slowly; then the service is slowed down.
+_WAITING: Final = 8
 _PORTS: Final = {"grpc": 3001, "grpcs": 443}
 _OPTIONS: Final = [
     ("grpc.max_receive_message_length", -1),  # the answer to a large picture is large; the service bounds requests
@@ -142,11 +149,15 @@ def _geometry(message: Any) -> Geometry:
     )
 
 
-def _stream_options(edit: Edit, fail_without_face: bool, *, raw: bool) -> Any:
+def _stream_options(edit: Edit, fail_without_face: bool, tracking: Tracking | None, *, raw: bool) -> Any:
     operation = pb.OPERATION_RECOVER if edit.operation == "recover" else pb.OPERATION_ANONYMIZE
     options = pb.StreamOptions(
         operation=operation, edit=_edit_options(edit, raw=raw), fail_without_face=fail_without_face
     )
+    if tracking is not None:
+        options.tracking.lookahead = tracking.lookahead
+        options.tracking.rate = tracking.rate
+        options.tracking.drop = tracking.drop
     return pb.TransformStreamRequest(options=options)
 
 
@@ -163,6 +174,8 @@ def _frame_message(number: int, frame: Frame, *, raw: bool) -> Any:
         message.raw.width, message.raw.height, message.raw.rgb = pixels.shape[1], pixels.shape[0], pixels.tobytes()
     if frame.geometry is not None:
         message.geometry.CopyFrom(_geometry_message(frame.geometry))
+    if frame.time is not None:
+        message.time = frame.time
     return pb.TransformStreamRequest(frame=message)
 
 
@@ -170,7 +183,19 @@ def _frame(response: Any) -> Frame:
     picture: Any = response.encoded
     if response.WhichOneof("picture") == "raw":
         picture = np.frombuffer(response.raw.rgb, np.uint8).reshape(response.raw.height, response.raw.width, 3)
-    return Frame(picture, _geometry(response.geometry))
+    tracked = tuple(
+        TrackedFace(
+            track=face.track,
+            box=(face.box.left, face.box.top, face.box.right, face.box.bottom),
+            # What a newer service may say more is a guess to us.
+            state=_STATES.get(face.state, "held"),
+            masked=face.masked,
+        )
+        for face in response.tracked
+    )
+    return Frame(
+        picture, _geometry(response.geometry), number=response.id, tracked=tracked, dropped=tuple(response.dropped)
+    )
 
 
 # -- failures ---------------------------------------------------------------------------------------------------------
@@ -227,22 +252,35 @@ class RPC:
         except grpc.RpcError as error:
             raise _failed(error, self._url) from None
 
-    def stream(self, frames: Iterator[Frame], edit: Edit, fail_without_face: bool, timeout: float) -> Iterator[Frame]:
+    def stream(
+        self,
+        frames: Iterator[Frame],
+        edit: Edit,
+        fail_without_face: bool,
+        timeout: float,
+        tracking: Tracking | None = None,
+    ) -> Iterator[Frame]:
         """TransformStream; ``timeout`` seconds may pass between two answers while frames are under way."""
         if (first := next(frames, None)) is None:
             return
-        sending = _Sending(first, frames, edit, fail_without_face)
+        sending = _Sending(first, frames, edit, fail_without_face, tracking)
         call = self._stub.TransformStream(sending, metadata=self._metadata)
-        answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        answers: queue.Queue[Any] = queue.Queue(_WAITING)
+
+        def put(answer: Any) -> None:
+            while not sending.stopped:
+                with contextlib.suppress(queue.Full):
+                    answers.put(answer, timeout=0.25)
+                    return
 
         def read() -> None:
             # A thread of its own, because reading cannot be given a time-out.
             try:
                 for response in call:
-                    answers.put(response)
-                answers.put(None)
+                    put(response)
+                put(None)
             except Exception as error:
-                answers.put(error)
+                put(error)
 
         threading.Thread(target=read, name="mien-answers", daemon=True).start()
         try:
@@ -254,7 +292,7 @@ class RPC:
                     raise _failed(answer, self._url) from None
                 if isinstance(answer, Exception):
                     raise answer
-                sending.answered += 1
+                sending.answered += 1 + len(answer.dropped)
                 yield _frame(answer)
             # A stream ends in good order only when every frame was answered; what `frames` raised comes first.
             if sending.error is not None:
@@ -269,14 +307,14 @@ class RPC:
         self._channel.close()
 
 
-def _next_answer(answers: queue.SimpleQueue[Any], sending: _Sending, timeout: float) -> Any:
+def _next_answer(answers: queue.Queue[Any], sending: _Sending, timeout: float) -> Any:
     """The next answer; the time runs only while the service owes one, not while the sender has no frame."""
     waited = 0.0
     while True:
         try:
             answer = answers.get(timeout=0.25)
         except queue.Empty:
-            waited = waited + 0.25 if sending.sent > sending.answered or sending.done else 0.0
+            waited = waited + 0.25 if sending.sent > sending.answered + sending.kept or sending.done else 0.0
             if waited >= timeout:
                 raise Failed(errors.ServiceTimeout(f"No frame was answered for {timeout:g} seconds.")) from None
             continue
@@ -288,22 +326,31 @@ def _next_answer(answers: queue.SimpleQueue[Any], sending: _Sending, timeout: fl
 class _Sending(Iterator[Any]):
     """The requests of a stream, taken by grpcio's thread; remembers what it sent and what the frames raised."""
 
-    def __init__(self, first: Frame, frames: Iterator[Frame], edit: Edit, fail_without_face: bool) -> None:
+    def __init__(
+        self,
+        first: Frame,
+        frames: Iterator[Frame],
+        edit: Edit,
+        fail_without_face: bool,
+        tracking: Tracking | None,
+    ) -> None:
         self._frames = itertools.chain([first], frames)
         # Whether pixels or files are sent, and so wanted back.
         self._raw = not isinstance(first.picture, bytes)
-        self._options: Any = _stream_options(edit, fail_without_face, raw=self._raw)
-        self._stopped = False
+        self._options: Any = _stream_options(edit, fail_without_face, tracking, raw=self._raw)
+        self.stopped = False
         self.sent = 0
         self.answered = 0
+        self.kept = tracking.lookahead if tracking is not None else 0
+        """Frames that the service may keep back."""
         self.done = False
         self.error: BaseException | None = None
 
     def stop(self) -> None:
-        self._stopped = True
+        self.stopped = True
 
     def __next__(self) -> Any:
-        if self._stopped or self.done:
+        if self.stopped or self.done:
             raise StopIteration
         if (options := self._options) is not None:
             self._options = None
@@ -358,7 +405,12 @@ class AsyncRPC:
             raise _failed(error, self._url) from None
 
     async def stream(
-        self, frames: AsyncIterator[Frame], edit: Edit, fail_without_face: bool, timeout: float
+        self,
+        frames: AsyncIterator[Frame],
+        edit: Edit,
+        fail_without_face: bool,
+        timeout: float,
+        tracking: Tracking | None = None,
     ) -> AsyncIterator[Frame]:
         """See :meth:`RPC.stream`."""
         try:
@@ -368,12 +420,13 @@ class AsyncRPC:
         raw = not isinstance(first.picture, bytes)
         call = self._connected().TransformStream(metadata=self._metadata)
         sent = answered = 0
+        kept = tracking.lookahead if tracking is not None else 0
         error: BaseException | None = None
 
         async def send() -> None:
             nonlocal sent, error
             try:
-                await call.write(_stream_options(edit, fail_without_face, raw=raw))
+                await call.write(_stream_options(edit, fail_without_face, tracking, raw=raw))
                 await call.write(_frame_message(0, first, raw=raw))
                 sent = 1
                 async for frame in frames:
@@ -391,7 +444,7 @@ class AsyncRPC:
             while True:
                 reading = asyncio.ensure_future(call.read())
                 while not reading.done():
-                    owed = sent > answered or sender.done()
+                    owed = sent > answered + kept or sender.done()
                     done, _ = await asyncio.wait({reading}, timeout=timeout)
                     # The time runs while the service owes an answer, not while the sender has no frame.
                     if not done and owed:
@@ -399,7 +452,7 @@ class AsyncRPC:
                 response = await reading
                 if response is grpc.aio.EOF:
                     break
-                answered += 1
+                answered += 1 + len(response.dropped)
                 yield _frame(response)
             if error is not None:
                 raise error

@@ -173,26 +173,40 @@ class DetectResponse(_message.Message):
     def __init__(self, faces: _Optional[_Iterable[_Union[DetectedFace, _Mapping]]] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., model_digest: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class StreamOptions(_message.Message):
-    __slots__ = ("operation", "edit", "fail_without_face")
+    __slots__ = ("operation", "edit", "fail_without_face", "tracking")
     OPERATION_FIELD_NUMBER: _ClassVar[int]
     EDIT_FIELD_NUMBER: _ClassVar[int]
     FAIL_WITHOUT_FACE_FIELD_NUMBER: _ClassVar[int]
+    TRACKING_FIELD_NUMBER: _ClassVar[int]
     operation: Operation
     edit: EditOptions
     fail_without_face: bool
-    def __init__(self, operation: _Optional[_Union[Operation, str]] = ..., edit: _Optional[_Union[EditOptions, _Mapping]] = ..., fail_without_face: _Optional[bool] = ...) -> None: ...
+    tracking: Tracking
+    def __init__(self, operation: _Optional[_Union[Operation, str]] = ..., edit: _Optional[_Union[EditOptions, _Mapping]] = ..., fail_without_face: _Optional[bool] = ..., tracking: _Optional[_Union[Tracking, _Mapping]] = ...) -> None: ...
+
+class Tracking(_message.Message):
+    __slots__ = ("lookahead", "rate", "drop")
+    LOOKAHEAD_FIELD_NUMBER: _ClassVar[int]
+    RATE_FIELD_NUMBER: _ClassVar[int]
+    DROP_FIELD_NUMBER: _ClassVar[int]
+    lookahead: int
+    rate: float
+    drop: bool
+    def __init__(self, lookahead: _Optional[int] = ..., rate: _Optional[float] = ..., drop: _Optional[bool] = ...) -> None: ...
 
 class Frame(_message.Message):
-    __slots__ = ("id", "encoded", "raw", "geometry")
+    __slots__ = ("id", "encoded", "raw", "geometry", "time")
     ID_FIELD_NUMBER: _ClassVar[int]
     ENCODED_FIELD_NUMBER: _ClassVar[int]
     RAW_FIELD_NUMBER: _ClassVar[int]
     GEOMETRY_FIELD_NUMBER: _ClassVar[int]
+    TIME_FIELD_NUMBER: _ClassVar[int]
     id: int
     encoded: bytes
     raw: RawImage
     geometry: Geometry
-    def __init__(self, id: _Optional[int] = ..., encoded: _Optional[bytes] = ..., raw: _Optional[_Union[RawImage, _Mapping]] = ..., geometry: _Optional[_Union[Geometry, _Mapping]] = ...) -> None: ...
+    time: float
+    def __init__(self, id: _Optional[int] = ..., encoded: _Optional[bytes] = ..., raw: _Optional[_Union[RawImage, _Mapping]] = ..., geometry: _Optional[_Union[Geometry, _Mapping]] = ..., time: _Optional[float] = ...) -> None: ...
 
 class TransformStreamRequest(_message.Message):
     __slots__ = ("options", "frame")
@@ -202,16 +216,42 @@ class TransformStreamRequest(_message.Message):
     frame: Frame
     def __init__(self, options: _Optional[_Union[StreamOptions, _Mapping]] = ..., frame: _Optional[_Union[Frame, _Mapping]] = ...) -> None: ...
 
+class TrackedFace(_message.Message):
+    __slots__ = ("track", "box", "state", "masked")
+    class State(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        STATE_UNSPECIFIED: _ClassVar[TrackedFace.State]
+        STATE_DETECTED: _ClassVar[TrackedFace.State]
+        STATE_FLOW: _ClassVar[TrackedFace.State]
+        STATE_HELD: _ClassVar[TrackedFace.State]
+    STATE_UNSPECIFIED: TrackedFace.State
+    STATE_DETECTED: TrackedFace.State
+    STATE_FLOW: TrackedFace.State
+    STATE_HELD: TrackedFace.State
+    TRACK_FIELD_NUMBER: _ClassVar[int]
+    BOX_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    MASKED_FIELD_NUMBER: _ClassVar[int]
+    track: int
+    box: Box
+    state: TrackedFace.State
+    masked: bool
+    def __init__(self, track: _Optional[int] = ..., box: _Optional[_Union[Box, _Mapping]] = ..., state: _Optional[_Union[TrackedFace.State, str]] = ..., masked: _Optional[bool] = ...) -> None: ...
+
 class TransformStreamResponse(_message.Message):
-    __slots__ = ("id", "encoded", "raw", "geometry", "model_digest")
+    __slots__ = ("id", "encoded", "raw", "geometry", "model_digest", "tracked", "dropped")
     ID_FIELD_NUMBER: _ClassVar[int]
     ENCODED_FIELD_NUMBER: _ClassVar[int]
     RAW_FIELD_NUMBER: _ClassVar[int]
     GEOMETRY_FIELD_NUMBER: _ClassVar[int]
     MODEL_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    TRACKED_FIELD_NUMBER: _ClassVar[int]
+    DROPPED_FIELD_NUMBER: _ClassVar[int]
     id: int
     encoded: bytes
     raw: RawImage
     geometry: Geometry
     model_digest: str
-    def __init__(self, id: _Optional[int] = ..., encoded: _Optional[bytes] = ..., raw: _Optional[_Union[RawImage, _Mapping]] = ..., geometry: _Optional[_Union[Geometry, _Mapping]] = ..., model_digest: _Optional[str] = ...) -> None: ...
+    tracked: _containers.RepeatedCompositeFieldContainer[TrackedFace]
+    dropped: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, id: _Optional[int] = ..., encoded: _Optional[bytes] = ..., raw: _Optional[_Union[RawImage, _Mapping]] = ..., geometry: _Optional[_Union[Geometry, _Mapping]] = ..., model_digest: _Optional[str] = ..., tracked: _Optional[_Iterable[_Union[TrackedFace, _Mapping]]] = ..., dropped: _Optional[_Iterable[int]] = ...) -> None: ...

@@ -87,11 +87,14 @@ class FaceIdentityServicer:
         """Changes the frames of a video.
 
         The first message holds `options`, every other one a `frame`. Every frame is answered, in the order sent, under
-        its own id; none is dropped and none is answered twice. The service works on a few frames at once (they share
-        batches with everybody else's) and reads no further while those are under way, so a sender that is too fast is
-        slowed down by HTTP/2 flow control rather than queued without bound. A sender that must stay live drops
-        frames on its own side. Passwords are derived once, when the stream opens. A stream keeps the model it began with.
+        its own id; none is answered twice, and none is dropped unless `tracking.drop` asks for it. The service works on a
+        few frames at once (they share batches with everybody else's) and reads no further while those are under way, so a
+        sender that is too fast, or a receiver that is too slow, is felt through HTTP/2 flow control rather than queued
+        without bound. Passwords are derived once, when the stream opens. A stream keeps the model it began with.
         An error ends the stream; the answers before it hold. Half-close after the last frame to end it.
+
+        Without `tracking` each frame is taken by itself: a face that the detector misses in a frame leaves in it as it
+        is. With it faces are followed from frame to frame; see Tracking.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

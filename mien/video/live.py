@@ -118,7 +118,8 @@ class LiveFrames:
         self._rate = rate
         self._smooth: dict[int, _OneEuro] = {}
         self._waiting: deque[Waiting] = deque()
-        self._count = 0
+        self.count = 0
+        """Frames taken so far, and so the number of the next one."""
         self._shape: tuple[int, ...] | None = None
 
     def push(
@@ -149,8 +150,8 @@ class LiveFrames:
         if self._shape not in (None, pixels.shape):
             raise ValueError(f"frames of a stream are of one size: {self._shape} before, {pixels.shape} now")
         self._shape = pixels.shape
-        index = self._count
-        self._count += 1
+        index = self.count
+        self.count += 1
         now = index / self._rate if time is None else time
         frame = Waiting(index, now, pixels, given=faces if self.operation == "recover" else None)
         self._waiting.append(frame)

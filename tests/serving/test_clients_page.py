@@ -28,7 +28,7 @@ def aimed(text: str, service: Any) -> str:
 def test_the_page_has_examples_of_every_kind() -> None:
     kinds = [kind for kind, _ in EXAMPLES]
     shell = "".join(text for kind, text in EXAMPLES if kind == "sh")
-    assert kinds.count("python") == 3
+    assert kinds.count("python") == 4
     assert all(f"{name} " in shell for name in ("mien", "curl", "grpcurl"))
 
 
