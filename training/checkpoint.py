@@ -95,19 +95,12 @@ class Checkpoints:
     def write(self, taken: Snapshot) -> None:
         """Write, then delete what need not be kept."""
         began = time.perf_counter()
-        data = save_safetensors(taken.tensors)
         name = _name(taken.nimg)
-        record = {
-            "nimg": taken.nimg,
-            "sha256": hashlib.sha256(data).hexdigest(),
-            "score": taken.score,
-            "time": round(time.time(), 3),
-            "state": taken.structure,
-        }
+        data, record = _encode(taken)
         # The record of an older checkpoint of this moment would not fit the new tensors: it goes first.
         self._place.delete(f"{name}/{_RECORD}")
         self._place.write(f"{name}/{_TENSORS}", data)
-        self._place.write(f"{name}/{_RECORD}", json.dumps(record).encode())
+        self._place.write(f"{name}/{_RECORD}", record)
         seconds = time.perf_counter() - began
         logger.info("checkpoint %s written, %.1f MB in %.1f s", name, len(data) / 1e6, seconds)
         self._prune(taken.nimg)
@@ -197,6 +190,51 @@ def latest(place: storage.Prefix) -> tuple[int, dict[str, Any]] | None:
     """The newest whole checkpoint as (nimg, state), for tools that run in one process."""
     checkpoints = Checkpoints(place, keep=1)
     return checkpoints.resume(World(0, 1, torch.device("cpu")))
+
+
+def light(place: storage.Prefix, *, whole: bool) -> list[tuple[str, bytes]]:
+    """The newest whole checkpoint made small, as files (name, bytes) that :class:`Checkpoints` reads; none where there
+    is none.
+
+    Left out are Adam's moments and D's buffers, which begin anew when the run goes on; matrices are in half precision.
+
+    Args:
+        place: where the checkpoints lie.
+        whole: with all networks; otherwise T alone, and D, Q and F begin anew too.
+    """
+    found = latest(place)
+    if found is None:
+        return []
+    nimg, state = found
+    trainer = state["trainer"]
+    modules = {k: m for k, m in trainer["modules"].items() if whole or k == "transformer"}
+    small = {"modules": {k: {n: _half(v) for n, v in m.items()} for k, m in modules.items()}}
+    if state["config"]["ema"]:  # a plain copy otherwise
+        small["ema"] = {n: _half(v) for n, v in trainer["ema"].items()}
+    kept = {k: v for k, v in state.items() if k != "trainer"}
+    data, record = _encode(snapshot(nimg, kept | {"light": True, "trainer": small}))
+    return [(f"{_name(nimg)}/{_TENSORS}", data), (f"{_name(nimg)}/{_RECORD}", record)]
+
+
+def _half(value: Any) -> Any:
+    # float16 and not bfloat16: weights are small numbers, and it keeps eight times as much of them.
+    if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 1:
+        half = value.half()
+        return half if bool(torch.isfinite(half).all()) else value
+    return value
+
+
+def _encode(taken: Snapshot) -> tuple[bytes, bytes]:
+    """The two files of a checkpoint."""
+    data = save_safetensors(taken.tensors)
+    record = {
+        "nimg": taken.nimg,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "score": taken.score,
+        "time": round(time.time(), 3),
+        "state": taken.structure,
+    }
+    return data, json.dumps(record).encode()
 
 
 def _name(nimg: int) -> str:

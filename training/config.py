@@ -63,6 +63,11 @@ class DiscriminatorConfig(Config):
     augment: bool = Field(False, description="DiffAugment on everything D sees (Zhao et al. 2020)")
     pool_size: NonNegativeInt = Field(500, description="buffer of generated images; 0 switches it off")
     on_recovered: bool = Field(True, description="judge R too, as the paper does")
+    on_wrong: bool = Field(True, description="judge WR too, as the paper does")
+    colour_pool: PositiveInt = Field(
+        1, description="D sees colour averaged over so many pixels a side: it shall not hang on the fine colour that a"
+        " network hides the face in",
+    )  # fmt: skip
 
 
 class PredictorConfig(Config):
@@ -86,6 +91,10 @@ class WeightsConfig(Config):
     recovered_identity: NonNegativeFloat = Field(0.0, description="1 - cos(I, R)")
     perceptual: NonNegativeFloat = Field(0.0, description="LPIPS(I, R)")
     likeness: NonNegativeFloat = Field(0.0, description="LPIPS(I, A) and LPIPS(I, WR): keep pose, light and style")
+    pose: NonNegativeFloat = Field(
+        0.0,
+        description="MTCNN's box and landmarks of A and WR against those of I, and its doubt (needs facenet-pytorch)",
+    )
     roughness: NonNegativeFloat = Field(0.0, description="Laplacian of A - I and WR - I: no lattices")
     range: NonNegativeFloat = Field(0.0, description="pixels outside [-1, 1], which saving would clip away")
 
@@ -101,6 +110,9 @@ class ObjectiveConfig(Config):
     margin: float = Field(0.0, ge=-1, le=1, description="hinge: cosines below it cost nothing; eq. 8 has 0")
     face_weighted_background: bool = Field(
         False, description="eq. 13 weighted towards the border of the crop, so that it does not fight identity change"
+    )
+    through_anonymized: bool = Field(
+        True, description="gradients reach A through what was made of it; False where T hides nothing that is learned"
     )
     near_miss: float = Field(0.0, ge=0, le=1, description="share of wrong codes drawn one to three bits from right")
     save: bool = Field(False, description="recover from the differentiably saved file instead of unrounded floats")

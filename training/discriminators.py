@@ -77,7 +77,7 @@ class Discriminators(nn.Module):
 
     def __init__(self, config: DiscriminatorConfig, features: AlexFeatures | None) -> None:
         super().__init__()
-        self.augment = config.augment
+        self.augment, self.colour_pool = config.augment, config.colour_pool
         self.coarse = PatchGAN(config.width, config.layers - 1 or 1)
         self.fine = nn.ModuleDict({kind: PatchGAN(config.width, config.layers) for kind in KINDS})
         self.heads = nn.ModuleList(_Head(c, 64) for c in AlexFeatures.channels) if features is not None else None
@@ -98,6 +98,8 @@ class Discriminators(nn.Module):
             For the made and for the real images: for each kind its list of score maps, float ``[B, 1, h, w]``.
         """
         images = torch.cat([*([real] if real is not None else []), *made.values()])
+        if self.colour_pool > 1:
+            images = pool_colour(images, self.colour_pool)
         if self.augment and draws is not None:
             images = diff_augment(images, draws)
         parts = len(made) + (real is not None)
@@ -116,6 +118,13 @@ class Discriminators(nn.Module):
             made_scores.append([pieces[0][i], of_made, *(p[i] for p in pieces[1:])])
             real_scores.append([pieces[0][0], of_real, *(p[0] for p in pieces[1:])])
         return made_scores, real_scores
+
+
+def pool_colour(images: Tensor, size: int) -> Tensor:
+    """The same luma with colour averaged over squares of ``size`` pixels, float ``[B, 3, S, S]``."""
+    luma = torch.einsum("bchw,c->bhw", images, images.new_tensor((0.299, 0.587, 0.114)))[:, None]
+    colour = F.avg_pool2d(images - luma, size)
+    return luma + F.interpolate(colour, scale_factor=float(size), mode="bilinear", align_corners=False)
 
 
 def diff_augment(images: Tensor, draws: Draws) -> Tensor:

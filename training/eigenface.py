@@ -27,6 +27,7 @@ from mien import store
 from mien.errors import MienError
 from mien.networks import eigenface
 from mien.networks.eigenface import EigenfaceConfig, EigenfaceTransformer, Side
+from training import config as run_config
 from training.data import FaceShards
 from training.export import git_commit
 from training.samples import from_uint8
@@ -347,12 +348,27 @@ def _settle_likenesses(network: EigenfaceTransformer, z: Tensor, leading: Tensor
     logger.info("likenesses: %d, blends of two of %d faces", len(faces), len(donors))
 
 
+def _asked(arguments: argparse.Namespace) -> tuple[EigenfaceConfig, int, str]:
+    """Options, N and the shards that the command line and the run config ask for; ValueError where they do not."""
+    config, bits, shards = EigenfaceConfig(), 64, None
+    if arguments.config:
+        run = run_config.load(arguments.config)
+        if not isinstance(run.architecture, EigenfaceConfig):
+            raise ValueError(f"{arguments.config} is a run of {run.architecture.name}, which nothing is fitted for")
+        config, bits, shards = run.architecture, run.bits, run.data.shards
+    shards = arguments.shards or shards
+    if shards is None:
+        raise ValueError("give --shards, or a --config that names them")
+    return config, arguments.bits or bits, shards
+
+
 def main() -> int:
     """Exit codes: 0 a model folder is there, 1 the data is wrong."""
     parser = argparse.ArgumentParser(prog="training.eigenface", description=__doc__)
-    parser.add_argument("--shards", required=True, help="folder with manifest.json and its shards")
+    parser.add_argument("--config", help="run config that gives architecture, bits and shards, for `start` of that run")
+    parser.add_argument("--shards", help="folder with manifest.json and its shards; the config's by default")
     parser.add_argument("--out", required=True, type=Path, help="model folder that is written")
-    parser.add_argument("--bits", type=int, default=64, help="N, the length of a code; a multiple of 4")
+    parser.add_argument("--bits", type=int, help="N, the length of a code; a multiple of 4; the config's, or 64")
     parser.add_argument("--steps", type=int, default=500, help="of the context's regression")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--limit", type=int, help="use only the first so many training samples (dry runs)")
@@ -363,26 +379,30 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="say what would be fitted, and stop")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    config = EigenfaceConfig()
+    try:
+        config, bits, shards = _asked(arguments)
+    except ValueError as error:
+        sys.stderr.write(f"training.eigenface: {error}\n")
+        return 1
     if arguments.dry_run:
-        sys.stdout.write(f"would fit {config!r} to {arguments.shards}, writing {arguments.out}\n")
+        sys.stdout.write(f"would fit {config!r} to {shards}, writing {arguments.out}\n")
         return 0
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     try:
-        train = FaceShards(arguments.shards, "train", limit=arguments.limit)
-        val = FaceShards(arguments.shards, "val")
+        train = FaceShards(shards, "train", limit=arguments.limit)
+        val = FaceShards(shards, "val")
     except MienError as error:
         sys.stderr.write(f"training.eigenface: {error}\n")
         return 1
-    network = EigenfaceTransformer(config, bits=arguments.bits, size=train.crop_size)
+    network = EigenfaceTransformer(config, bits=bits, size=train.crop_size)
     figures = fit(
         network, train, val, steps=arguments.steps, batch=arguments.batch, seed=arguments.seed,
         device=torch.device(arguments.device),
     )  # fmt: skip
     model = store.ModelConfig(
         architecture=config,
-        bits=arguments.bits,
+        bits=bits,
         crop_size=train.crop_size,
         training_commit=git_commit(),
         data_digest=train.digest,

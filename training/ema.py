@@ -22,8 +22,12 @@ class EMA:
         decay = 0.5 ** (images / half_life) if half_life > 0 else 0.0
         for mine, theirs in zip(self.network.parameters(), network.parameters(), strict=True):
             mine.lerp_(theirs.detach().to(mine), 1 - decay)
-        for mine, theirs in zip(self.network.buffers(), network.buffers(), strict=True):
-            mine.copy_(theirs)
+        # What is not part of the state is made from what is, and may not be made yet.
+        kept = self.network.state_dict().keys()
+        mine_too = dict(self.network.named_buffers())
+        for name, theirs in network.named_buffers():
+            if name in kept:
+                mine_too[name].copy_(theirs)
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.network.state_dict()

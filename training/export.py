@@ -1,15 +1,26 @@
-"""A run's averaged transformer as a model folder (mien.store) with its card."""
+"""A run's averaged transformer as a model folder (mien.store) with its card.
+
+A run writes it when it ends. ``python -m training.export runs/NAME --out FOLDER`` writes one of a run that was stopped
+before, from its newest checkpoint.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+import storage
 from mien import networks, store
+from mien.errors import MienError
+from training.checkpoint import latest
 from training.config import RunConfig
 
 
@@ -85,3 +96,58 @@ The run's whole config:
 {json.dumps(config.model_dump(mode="json"), indent=1)}
 ```
 """
+
+
+def of_run(run: Path, folder: Path) -> store.ModelConfig:
+    """The model of a run's newest whole checkpoint, with the last validation figures before it.
+
+    Raises:
+        ValueError: the folder holds no run, or one without a checkpoint.
+        storage.StorageError: its checkpoints cannot be read.
+    """
+    try:
+        where = json.loads((run / "config.json").read_text())["checkpoints"] or run / "checkpoints"
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{run} is no folder of a run: {error}") from error
+    found = latest(storage.open_prefix(where))
+    if found is None:
+        raise ValueError(f"{run} has no whole checkpoint in {where}")
+    nimg, state = found
+    config = RunConfig.model_validate(state["config"])
+    network = networks.build(config.architecture, bits=config.bits, size=config.crop_size)
+    network.load_state_dict(state["trainer"].get("ema", state["trainer"]["modules"]["transformer"]))
+    network.eval()
+    digest = state.get("data_digest") or "unknown"  # checkpoints of before the digest was kept in them
+    return export(network, config, folder, nimg=nimg, data_digest=digest, figures=_last_figures(run, nimg))
+
+
+def _last_figures(run: Path, nimg: int) -> dict[str, float]:
+    figures: dict[str, float] = {}
+    with suppress(OSError):
+        for line in (run / "log.jsonl").read_text().splitlines():
+            with suppress(ValueError):  # a line that a kill cut off
+                entry = json.loads(line)
+                if entry.get("nimg", 0) <= nimg:
+                    figures |= {k.removeprefix("val/"): v for k, v in entry.items() if k.startswith("val/")}
+    return figures
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 the model folder is there, 1 there is no run or no checkpoint of one."""
+    parser = argparse.ArgumentParser(
+        prog="training.export", description="Write the model of a run's newest checkpoint."
+    )
+    parser.add_argument("run", type=Path, help="folder of the run: runs/NAME")
+    parser.add_argument("--out", required=True, type=Path, help="model folder that is written")
+    chosen = parser.parse_args(arguments)
+    try:
+        model = of_run(chosen.run, chosen.out)
+    except (MienError, ValueError) as error:
+        sys.stderr.write(f"training.export: {error}\n")
+        return 1
+    sys.stdout.write(f"{chosen.out}: {model.images_seen} images seen, digest {model.digest}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

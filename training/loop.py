@@ -98,6 +98,9 @@ def _train(
     config: RunConfig, world: World, stop_at: int | None, allow_change: frozenset[str], on_batch: OnBatch | None
 ) -> Outcome:
     device = world.device
+    torch.backends.cudnn.benchmark = True  # of CUDA alone; all shapes of a run are the same
+    if config.bf16:
+        torch.set_float32_matmul_precision("high")
     if config.batch < world.size * config.accumulate:
         raise ValueError(
             f"a batch of {config.batch} cannot be divided over {world.size} processes and {config.accumulate}"
@@ -124,13 +127,17 @@ def _train(
             _refuse_change(config.model_dump(mode="json"), known["config"], place.url, allow_change)
         trainer.load_state_dict(known["trainer"])
         logger.info("going on from %d images", nimg)
-        del resumed
+        if known.get("light"):
+            anew = "Adam's moments and D's buffers"
+            if "head" not in known["trainer"]["modules"]:
+                anew += ", and D, Q and F,"
+                _centre(trainer, shards, world)
+            logger.warning("its checkpoint is a light one: %s begin anew", anew)
+        del resumed, known["trainer"]
     else:
         if config.start:
             known["start_digest"] = _start(config, config.start, trainer)
-        if trainer.learns_recogniser:
-            logger.info("centring F's head on %d identities", shards.identities)
-            trainer.centre_head(_labelled(shards, world))
+        _centre(trainer, shards, world)
     trackers = _trackers(config, folder, known, shards, world) if world.first else []
 
     part = world.part(config.batch)
@@ -174,11 +181,11 @@ def _train(
             else:
                 score = None
             if _due(config.checkpoint_every, previous, nimg) and nimg < end and not stopping:
-                state = _state(trainer, trackers, known)
+                state = _state(trainer, trackers, known, shards.digest)
                 if world.first:
                     checkpoints.save(snapshot(nimg, state, score))
         if nimg > begun:
-            state = _state(trainer, trackers, known)
+            state = _state(trainer, trackers, known, shards.digest)
             world.on_first(lambda: checkpoints.save_now(snapshot(nimg, state, score)))
     checkpoints.close()
 
@@ -202,6 +209,13 @@ def _train(
     return Outcome(True, nimg, model)
 
 
+def _centre(trainer: Trainer, shards: Faces, world: World) -> None:
+    """Let F's head, where F learns, begin with the mean face of each identity."""
+    if trainer.learns_recogniser:
+        logger.info("centring F's head on %d identities", shards.identities)
+        trainer.centre_head(_labelled(shards, world))
+
+
 def _start(config: RunConfig, where: str, trainer: Trainer) -> str:
     """Give T the weights of a model; its digest. Raises ValueError where it is another network, MienError otherwise."""
     from storage import registry
@@ -222,9 +236,13 @@ def _prepare(config: RunConfig, folder: Path, place: storage.Prefix, allow_chang
     _same_config(config, folder, allow_change)
 
 
-def _state(trainer: Trainer, trackers: list[Tracker], known: dict[str, Any]) -> dict[str, Any]:
+def _state(trainer: Trainer, trackers: list[Tracker], known: dict[str, Any], data_digest: str) -> dict[str, Any]:
     """Everything a checkpoint holds. All processes call it: some of it is spread over them."""
-    state = {"trainer": trainer.state_dict(), "config": trainer.config.model_dump(mode="json")}
+    state = {
+        "trainer": trainer.state_dict(),
+        "config": trainer.config.model_dump(mode="json"),
+        "data_digest": data_digest,
+    }
     state |= {key: known.get(key) for key in ("mlflow_key", "mlflow_run_id", "start_digest")}
     for tracker in trackers:
         if isinstance(tracker, Tolerant) and isinstance(tracker.inner, MLflow):

@@ -21,11 +21,12 @@ class ImagePool:
         size: 0 switches the buffer off.
         shape: shape of one image.
         batch: images in a whole batch, the number of lanes; slot ``s`` belongs to lane ``s % batch``.
+        device: where the images are kept: that of the images put in, or every exchange waits for copies.
     """
 
-    def __init__(self, size: int, shape: tuple[int, ...], batch: int) -> None:
+    def __init__(self, size: int, shape: tuple[int, ...], batch: int, device: torch.device | str | None = None) -> None:
         self.size, self.batch = size, batch
-        self.images = torch.zeros((size, *shape), dtype=torch.bfloat16)
+        self.images = torch.zeros((size, *shape), dtype=torch.bfloat16, device=device)
         self.filled = torch.zeros(size, dtype=torch.bool)
 
     def exchange(self, images: Tensor, draws: Draws, place: int = 0) -> Tensor:
@@ -39,17 +40,25 @@ class ImagePool:
         images = images.detach()
         if self.size == 0:
             return images
-        out = images.clone()
+        filled = self.filled.tolist()
+        kept: list[tuple[int, int]] = []  # (place, slot) of images that the buffer takes
+        swapped: list[tuple[int, int]] = []
         for i, (swap, which) in enumerate(draws.rows(len(images), 2).tolist()):
             slots = range(place + i, self.size, self.batch)
-            empty = next((s for s in slots if not self.filled[s]), None)
+            empty = next((s for s in slots if not filled[s]), None)
             if empty is not None:
-                self.images[empty] = images[i]
-                self.filled[empty] = True
+                kept.append((i, empty))
             elif slots and swap < 0.5:
-                slot = slots[int(which * len(slots))]
-                out[i] = self.images[slot].to(images)
-                self.images[slot] = images[i]
+                swapped.append((i, slots[int(which * len(slots))]))
+        # No two places share a slot, so all are exchanged at once.
+        out = images.clone()
+        if swapped:
+            places, chosen = _columns(swapped, images.device)
+            out[places] = self.images[chosen].to(images)
+        if kept or swapped:
+            places, chosen = _columns(kept + swapped, images.device)
+            self.images[chosen] = images[places].to(self.images)
+            self.filled[chosen.cpu()] = True
         return out
 
     def state_dict(self, first: int = 0, last: int | None = None) -> dict[str, Tensor]:
@@ -57,7 +66,8 @@ class ImagePool:
         the sum over processes is the whole."""
         mine = torch.arange(self.size) % self.batch
         mine = (mine >= first) & (mine < (self.batch if last is None else last))
-        images = torch.where(mine.view(-1, *[1] * (self.images.dim() - 1)), self.images, torch.zeros_like(self.images))
+        whose = mine.view(-1, *[1] * (self.images.dim() - 1)).to(self.images.device)
+        images = torch.where(whose, self.images, torch.zeros_like(self.images))
         return {"images": images, "filled": self.filled & mine}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -66,3 +76,8 @@ class ImagePool:
         if filled.dim() == 0:  # checkpoints of before the lanes have the number of filled slots
             filled = torch.arange(self.size) < filled
         self.filled.copy_(filled)
+
+
+def _columns(pairs: list[tuple[int, int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    places, slots = torch.tensor(pairs, device=device).unbind(dim=1)
+    return places, slots

@@ -37,4 +37,4 @@ class CodePredictor(nn.Module):
 def code_classes(codes: Tensor) -> Tensor:
     """Codes {-0.5, +0.5} ``[B, N]`` to class labels int64 ``[B, N/4]``: four bits a class, first bit highest."""
     nibbles = (codes > 0).long().unflatten(1, (-1, 4))
-    return nibbles @ torch.tensor([8, 4, 2, 1], device=codes.device)
+    return (nibbles * torch.tensor([8, 4, 2, 1], device=codes.device)).sum(dim=-1)

@@ -32,6 +32,7 @@ from training.draws import Draws
 from training.ema import EMA
 from training.perceptual import AlexFeatures
 from training.pool import ImagePool
+from training.pose import Pose, jitter, pose_distance
 from training.predictor import CodePredictor, code_classes
 
 
@@ -149,6 +150,7 @@ class Trainer:
         self.head = IdentityHead(self.recogniser.embedding_size, max(1, identities))
         perceptual = config.objective.perceptual_weights
         projected = config.discriminator.projected_weights
+        self.pose = Pose().to(device) if weights.pose else None
         self.features = AlexFeatures(perceptual) if perceptual else None
         self.discriminators = Discriminators(
             config.discriminator,
@@ -204,7 +206,7 @@ class Trainer:
             for name, optimizer in self.optimizers.items()
         }
         self.pools = {
-            kind: ImagePool(config.discriminator.pool_size, (3, size, size), config.batch)
+            kind: ImagePool(config.discriminator.pool_size, (3, size, size), config.batch, device)
             for kind in ("anonymized", "recovered", "wrong")
         }
         mask = head_mask(size)
@@ -310,7 +312,7 @@ class Trainer:
         made = {"A1": anonymized[: len(images)]}
         if twice:
             made["A2"] = anonymized[len(images) :]
-        source = made["A1"]
+        source = made["A1"] if o.through_anonymized else made["A1"].detach()
         if o.save:
             generator = micro.draws(_SAVING).generator()
             source = saving.save(source, jpeg_share=o.save_jpeg, rescale_share=o.save_rescale, generator=generator)
@@ -444,6 +446,12 @@ class Trainer:
                 if w.likeness:
                     distances = [self.features.distance(real, self.features(x)).float().mean() for x in changed]
                     terms["likeness"] = (w.likeness, torch.stack(distances).mean())
+            if self.pose is not None:
+                placed = jitter(draws, len(images)).to(self.device)
+                with torch.no_grad():
+                    real_pose = self.pose(images, placed)
+                poses = [pose_distance(real_pose, self.pose(x, placed)) for x in changed]
+                terms["pose"] = (w.pose, torch.stack(poses).mean())
             if w.recovery:
                 terms["recovery"] = (w.recovery, objective.recovery(made["R"], images))
             weight = self._border if o.face_weighted_background else None
@@ -481,7 +489,7 @@ class Trainer:
         kinds = {"anonymized": made["A1"]}
         if self.config.discriminator.on_recovered:
             kinds["recovered"] = made["R"]
-        if "WR1" in made:
+        if self.config.discriminator.on_wrong and "WR1" in made:
             kinds["wrong"] = made["WR1"]
         return kinds
 
@@ -542,11 +550,18 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take the place of :meth:`state_dict`'s; what a light checkpoint (:func:`training.checkpoint.light`) leaves
+        out begins anew."""
         for key, module in self._modules().items():
-            module.load_state_dict(state["modules"][key])
-        self.ema.load_state_dict(state["ema"])
+            if key in state["modules"]:
+                module.load_state_dict(state["modules"][key])
+        self.ema.load_state_dict(state.get("ema", state["modules"]["transformer"]))
         for key, player in self.players.items():
-            player.load_state_dict(state["optimizers"][key])
+            if "optimizers" in state:
+                player.load_state_dict(state["optimizers"][key])
+            else:
+                player.weights_were_set()
         for key, pool in self.pools.items():
-            pool.load_state_dict(state["pools"][key])
+            if "pools" in state:
+                pool.load_state_dict(state["pools"][key])
         self.skipped = dict(state.get("skipped", self.skipped))

@@ -11,6 +11,10 @@ T_{-p} T_p I = I (paper, eq. 4) holds by construction. And what any T_p gives is
 whatever it was given: so A, a wrong password's WR and every longer chain are equally believable, and codes that differ
 in one bit give faces as different as any two codes.
 
+All of this stays true where s(p) depends on what M_p never touches, so a *painter* (:mod:`mien.networks.painter`) may
+fit the likeness into the picture: it sees the picture with the mean face in it and the likeness's, and changes the
+latter. It alone is trained against losses, by ``python -m training``; everything else here is fitted.
+
 U is linear but for two squashings, and :mod:`training.eigenface` fits it:
 
 1. The face's luma and its colour at half the resolution, where :func:`face_mask` is not 0, are split into symmetric and
@@ -20,7 +24,7 @@ U is linear but for two squashings, and :mod:`training.eigenface` fits it:
 3. z is what is left over, in standard deviations, tails drawn in (asinh). g is what the eigenfaces of colour do not
    span, where photos have least of it.
 
-No recogniser is in it anywhere: nothing was trained to deceive one.
+Without a painter no recogniser is in it anywhere: nothing was trained to deceive one.
 """
 
 from __future__ import annotations
@@ -33,6 +37,9 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
+from mien.networks import painter as painting
+from mien.networks.painter import Painter, PainterConfig
+
 # Luma of ITU-R BT.601, of the stretched channels.
 _LUMA: Final = (0.299, 0.587, 0.114)
 
@@ -42,6 +49,9 @@ _LIMIT: Final = 0.9999
 
 # The mask below which a pixel is context.
 _EDGE: Final = 2e-3
+
+# What a painter makes of a likeness stays within so many of its room: what hides under it is as strong as it is.
+_REACH: Final = 5.0
 
 Pair = tuple[PositiveInt, PositiveInt]
 
@@ -74,6 +84,8 @@ class EigenfaceConfig(BaseModel):
     """How strongly the tails of z and g are drawn in: asinh(tail e) / tail."""
     widths: tuple[PositiveInt, ...] = (32, 64, 96, 128)
     features: PositiveInt = 320
+    painter: PainterConfig | None = None
+    """Fits likenesses into the picture; None shows them as they are."""
 
     @model_validator(mode="after")
     def _fits(self) -> EigenfaceConfig:
@@ -242,9 +254,15 @@ class Side(nn.Module):
     def analyse(self, luma: Tensor, colour: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Leading coordinates, coordinates of the face and of the grain, of float ``[B, P]`` and ``[B, Q]``."""
         spectrum = colour @ self.colour
-        face = luma @ self.luma + self.weight * (spectrum[:, self.lead :] @ self.axes)
         leading = torch.cat([luma @ self.leading, spectrum[:, : self.lead]], dim=1)
-        return leading, face, colour @ self.grain()
+        return leading, self._face(luma, spectrum), colour @ self.grain()
+
+    def face(self, luma: Tensor, colour: Tensor) -> Tensor:
+        """Coordinates of the face alone."""
+        return self._face(luma, colour @ self.colour)
+
+    def _face(self, luma: Tensor, spectrum: Tensor) -> Tensor:
+        return luma @ self.luma + self.weight * (spectrum[:, self.lead :] @ self.axes)
 
     def synthesise(self, face: Tensor, grain: Tensor) -> tuple[Tensor, Tensor]:
         """Changes of luma and colour for changes of the coordinates."""
@@ -257,7 +275,7 @@ class Side(nn.Module):
         Of the complement of Householder's QR, whose columns are each about one pixel; not stored, for it is large.
         """
         if len(self.complement) == 0:
-            self.complement = self.complete()[:, self.quiet].to(self.colour).contiguous()
+            self.complement = self.complete()[:, self.quiet.cpu()].to(self.colour).contiguous()
         return self.complement
 
     def complete(self) -> Tensor:
@@ -338,9 +356,19 @@ class EigenfaceTransformer(nn.Module):
         self.sides = nn.ModuleList(Side(config, side, *pixels) for side in range(2))
         self.context = Context(config)
         self.likenesses = Likenesses(config.likenesses, total, bits=bits, seed=0)
+        self.painter = Painter(config.painter) if config.painter else None
+        if self.painter:
+            self.context.requires_grad_(False)
         face, grain = config.rounds
         self.turn_face = Turn(total, bits=bits, rounds=face, seed=1)
         self.turn_grain = Turn(sum(config.grain), bits=bits, rounds=grain, seed=2)
+
+    def train(self, mode: bool = True) -> EigenfaceTransformer:
+        """Set training mode; what a painter stands on stays as it was fitted."""
+        super().train(mode)
+        if self.painter:
+            self.context.eval()
+        return self
 
     def forward(self, images: Tensor, codes: Tensor) -> Tensor:
         # In float32 even under autocast: what the chain rounds, recovery could not undo.
@@ -349,10 +377,39 @@ class EigenfaceTransformer(nn.Module):
             leading, face, grain = self.analyse(stretched)
             mean = self.predict(stretched, leading)
             z, g = self.unfold(face - mean, grain)
-            z, g = self._exchange(z - self.likenesses(-codes), g, codes)
-            after, grain_after = self.fold(z + self.likenesses(codes), g)
+            picture = self._planes(stretched + self.synthesise(mean - face, -grain)) if self.painter else None
+            with torch.no_grad():  # what is hidden is not what is seen: no loss has a say in it
+                hidden = z - self.shown(-codes, picture)
+            z, g = self._exchange(hidden, g, codes)
+            after, grain_after = self.fold(z + self.shown(codes, picture), g)
             change = self.synthesise(mean + after - face, grain_after - grain)
             return torch.tanh(stretched + change) / _SQUEEZE
+
+    def shown(self, codes: Tensor, picture: Tensor | None) -> Tensor:
+        """s(p) in the coordinates z, float ``[B, K]``: the likeness, fitted into the picture where there is a painter.
+
+        Args:
+            codes: float ``[B, N]``.
+            picture: planes of the picture with the mean face in it, float ``[B, 6, S / 2, S / 2]``.
+        """
+        likeness: Tensor = self.likenesses(codes)
+        if self.painter is None or picture is None:
+            return likeness
+        face, _ = self.fold(likeness, likeness[:, :1] * 0)
+        seen = self._planes(self.synthesise(face, likeness.new_zeros(len(face), sum(self.config.grain))))
+        # Half precision costs nothing while it is trained; what is served must come out the same twice.
+        with torch.autocast(codes.device.type, dtype=torch.bfloat16, enabled=self.training and codes.is_cuda):
+            planes = self.painter(picture, seen).float()
+        luma, colour = painting.unfold(planes)
+        sides = zip(self._sides(), halves(luma, self.pixels), halves(colour, self.colour_pixels), strict=True)
+        moved = torch.cat([side.face(y, c) for side, y, c in sides], dim=1)
+        room = _REACH * self.share
+        out: Tensor = room * torch.tanh((likeness + moved / self.deviation * self.share) / room)
+        return out
+
+    def _planes(self, stretched: Tensor) -> Tensor:
+        """A stretched picture, or a change of one, as the painter sees it."""
+        return painting.fold(luma_of(stretched), colour_of(stretched))
 
     def analyse(self, stretched: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Coordinates of :func:`stretch`'s pictures: leading ones, face and grain, both sides in one, float."""

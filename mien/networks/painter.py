@@ -1,0 +1,90 @@
+"""A small U-Net that fits a likeness into the picture that it is shown in: pose, outlines, light, expression.
+
+It sees what a reversible transformer never changes, so that it paints the same again when the face is to come back.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, PositiveInt
+from torch import Tensor, nn
+
+# Luma folded 2x2 into channels, and two colours at half the resolution.
+PLANES: Final = 6
+
+
+class PainterConfig(BaseModel):
+    """Options of the painter."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    widths: tuple[PositiveInt, ...] = (32, 64, 112, 128)
+    """Channels at 1/2, 1/4, ... of the crop's resolution, multiples of 8."""
+
+
+class _Residual(nn.Module):
+    """norm -> SiLU -> 3x3, twice, added to the input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(8, channels), nn.GroupNorm(8, channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        out: Tensor = x + self.conv2(F.silu(self.norm2(h)))
+        return out
+
+
+class Painter(nn.Module):
+    """Called with planes of the picture, float ``[B, 6, S / 2, S / 2]``, and of a likeness painted into it.
+
+    Gives the change of the likeness's planes; a fresh one changes nothing.
+    """
+
+    def __init__(self, config: PainterConfig) -> None:
+        super().__init__()
+        widths = config.widths
+        self.stem = nn.Conv2d(2 * PLANES, widths[0], 3, padding=1)
+        self.encoder = nn.ModuleList(_Residual(w) for w in widths)
+        self.down = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(widths))
+        self.up = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in pairwise(widths))
+        self.merge = nn.ModuleList(nn.Conv2d(2 * a, a, 1) for a in widths[:-1])
+        self.decoder = nn.ModuleList(_Residual(w) for w in widths)
+        self.norm = nn.GroupNorm(8, widths[0])
+        self.head = nn.Conv2d(widths[0], PLANES, 3, padding=1)
+        nn.init.zeros_(self.head.weight)
+        if self.head.bias is not None:
+            nn.init.zeros_(self.head.bias)
+
+    def forward(self, picture: Tensor, likeness: Tensor) -> Tensor:
+        x = self.stem(torch.cat([picture, likeness], dim=1))
+        skips: list[Tensor] = []
+        last = len(self.encoder) - 1
+        for level, block in enumerate(self.encoder):
+            x = block(x)
+            if level < last:
+                skips.append(x)
+                x = self.down[level](x)
+        for level in range(last, -1, -1):
+            if level < last:
+                x = F.interpolate(self.up[level](x), scale_factor=2.0, mode="nearest")
+                x = self.merge[level](torch.cat([x, skips[level]], dim=1))
+            x = self.decoder[level](x)
+        out: Tensor = self.head(F.silu(self.norm(x)))
+        return out
+
+
+def fold(luma: Tensor, colour: Tensor) -> Tensor:
+    """Luma float ``[B, 1, S, S]`` and colours ``[B, 2, S / 2, S / 2]`` as planes float ``[B, 6, S / 2, S / 2]``."""
+    return torch.cat([F.pixel_unshuffle(luma, 2), colour], dim=1)
+
+
+def unfold(planes: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of :func:`fold`."""
+    return F.pixel_shuffle(planes[:, :4], 2), planes[:, 4:]
