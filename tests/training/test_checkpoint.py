@@ -12,6 +12,8 @@ import torch
 
 import storage
 from training.checkpoint import Checkpoints, latest, snapshot
+from training.distributed import alone
+from training.strategies.ddp import SummedGradients
 
 
 def _state(value: float) -> dict[str, object]:
@@ -135,3 +137,26 @@ def test_a_checkpoint_that_cannot_be_written_stops_nothing_but_the_last_one_is_a
     place.broken = False
     checkpoints.save_now(snapshot(4, _state(4)))
     assert _names(tmp_path) == ["nimg-000000000004"]
+
+
+def test_moments_get_the_memory_format_of_their_parameters_back() -> None:
+    """A GPU's fused Adam refuses others: a run with channels_last could not go on."""
+    parameter = torch.nn.Parameter(torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last))
+
+    def player() -> SummedGradients:
+        return SummedGradients(torch.optim.Adam([parameter]), alone(torch.device("cpu")), clip=None)
+
+    first = player()
+    first.begin()
+    first.backward(lambda: parameter.square().sum(), last=True)
+    assert first.update()
+    state = first.state_dict()
+    for moments in state["state"].values():
+        for name in ("exp_avg", "exp_avg_sq"):
+            moments[name] = moments[name].contiguous()
+    second = player()
+    second.load_state_dict(state)
+    (moments,) = second.optimizer.state.values()
+    for name in ("exp_avg", "exp_avg_sq"):
+        assert moments[name].stride() == parameter.stride()
+        assert torch.equal(moments[name], first.optimizer.state[parameter][name])
