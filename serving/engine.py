@@ -84,6 +84,7 @@ class Call:
     """The model that does the work, once it has begun: the same for all of it, whatever comes meanwhile."""
     buffered: int = 0
     """Bytes of its body in memory."""
+    ended: bool = False
     uploading: bool = False
 
     def check(self) -> None:
@@ -309,19 +310,21 @@ class Engine:
         with self._lock:
             if self._buffered + count > self.settings.max_buffered_bytes:
                 raise self._overloaded()
-            self._buffered += count
-            call.buffered += count
+            if not call.ended:  # a worker may still read for a call that was cancelled: nobody would give these back
+                self._buffered += count
+                call.buffered += count
 
     def release(self, call: Call, count: int) -> None:
-        """Some of the bytes that :meth:`receive` counted are kept no longer."""
+        """Some of the bytes that :meth:`receive` counted are kept no longer; the call's end gave all of them back."""
         with self._lock:
+            count = min(count, call.buffered)
             self._buffered -= count
             call.buffered -= count
 
     def _end(self, call: Call) -> None:
         with self._lock:
             self._buffered -= call.buffered
-            call.buffered = 0
+            call.buffered, call.ended = 0, True
             if call.uploading:
                 self._uploading -= 1
                 call.uploading = False
