@@ -246,7 +246,8 @@ def test_a_caller_who_takes_no_answers_stops_the_reading_or_has_frames_dropped_a
     assert read == 60, "a live sender is not slowed down"
     told = [number for answer in got for number in (*answer.dropped, answer.id)]
     assert told == list(range(60)), "each frame is answered or named, in order"
-    assert 3 < len(got) < 40 and got[-1].id == 59
+    # How many are answered depends on how fast they were sent; the last one always is.
+    assert len(got) < 40 and got[-1].id == 59
     assert b"mien_frames_dropped_total %d.0" % (60 - len(got)) in engine.metrics.render()
 
 
