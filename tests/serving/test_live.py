@@ -228,7 +228,7 @@ def test_a_caller_who_takes_no_answers_stops_the_reading_or_has_frames_dropped_a
             for number in range(frames):
                 read += 1
                 yield message(shots[number % 4], number)
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.02 if drop else 0)  # as a camera sends; all at once, all but two are dropped
 
         answers = Servicer(engine)._frames(Entry(), requests())  # type: ignore[arg-type]
         got = [await anext(answers)]
@@ -246,8 +246,7 @@ def test_a_caller_who_takes_no_answers_stops_the_reading_or_has_frames_dropped_a
     assert read == 60, "a live sender is not slowed down"
     told = [number for answer in got for number in (*answer.dropped, answer.id)]
     assert told == list(range(60)), "each frame is answered or named, in order"
-    # How many are answered depends on how fast they were sent; the last one always is.
-    assert len(got) < 40 and got[-1].id == 59
+    assert 3 < len(got) < 40 and got[-1].id == 59
     assert b"mien_frames_dropped_total %d.0" % (60 - len(got)) in engine.metrics.render()
 
 
