@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,8 +79,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def _serve(model: Path, folder: Path, **environment: str) -> Iterator[Service]:
-    """Start ``bentoml serve`` and wait until it is ready; stopped by SIGTERM at the end."""
+def _serve(model: Path, folder: Path, *, under: Sequence[str] = (), **environment: str) -> Iterator[Service]:
+    """Start ``bentoml serve`` and wait until it is ready; stopped by SIGTERM at the end.
+
+    Args:
+        model: what it serves.
+        folder: empty; its home, its temporary folder and its log.
+        under: a command that runs it in its own process id, as ``strace -D``.
+        environment: settings.
+    """
     home = folder / "home"
     (home / "tmp").mkdir(parents=True)
     log = folder / "log.txt"
@@ -88,7 +95,7 @@ def _serve(model: Path, folder: Path, **environment: str) -> Iterator[Service]:
     with open(log, "wb") as output:
         process = subprocess.Popen(
             # Its output goes through a pipe, as in a container: a test forbids the process to write to files.
-            ["bash", "-c", 'exec "$@" > >(exec cat) 2>&1', "serve", *COMMAND, "--port", str(port), *OPTIONS],
+            ["bash", "-c", 'exec "$@" > >(exec cat) 2>&1', "serve", *under, *COMMAND, "--port", str(port), *OPTIONS],
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -265,6 +272,21 @@ def run_engine() -> Iterator[Callable[..., Running]]:
     yield start
     for engine in started:
         engine.close()
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Path) -> Iterator[Any]:
+    """One that is ready, shared by the tests of a file: they put back what they exchange."""
+    from serving.engine import Engine
+    from serving.metrics import Metrics
+    from serving.settings import Settings
+
+    engine = Engine(Settings(model=tiny_model, workers=2, batch_wait_ms=0), Metrics())
+    engine.start()
+    wait_for(lambda: engine.status != "loading", 90)
+    assert engine.status == "ready"
+    yield engine
+    engine.close()
 
 
 def make_model(folder: Path, seed: int) -> Path:

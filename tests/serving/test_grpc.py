@@ -289,22 +289,6 @@ def test_a_frame_whose_parts_do_not_fit_ends_the_stream_after_the_answers_before
 # -- in this process ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def engine(tiny_model: Path) -> Iterator[Any]:
-    from serving.engine import Engine
-    from serving.metrics import Metrics
-    from serving.settings import Settings
-
-    engine = Engine(Settings(model=tiny_model, workers=1, batch_wait_ms=0), Metrics())
-    engine.start()
-    deadline = time.monotonic() + 90
-    while engine.status == "loading" and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert engine.status == "ready"
-    yield engine
-    engine.close()
-
-
 def test_a_stream_reads_no_further_than_its_window(engine: Any) -> None:
     from serving.grpc_door import Servicer
 

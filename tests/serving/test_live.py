@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -27,22 +25,6 @@ Pixels = NDArray[np.uint8]
 FRAMES = 10
 FACE = np.s_[60:180, 80:240]
 State = pb.TrackedFace
-
-
-@pytest.fixture(scope="module")
-def engine(tiny_model: Path) -> Iterator[Any]:
-    from serving.engine import Engine
-    from serving.metrics import Metrics
-    from serving.settings import Settings
-
-    engine = Engine(Settings(model=tiny_model, workers=2, batch_wait_ms=0), Metrics())
-    engine.start()
-    deadline = time.monotonic() + 90
-    while engine.status == "loading" and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert engine.status == "ready"
-    yield engine
-    engine.close()
 
 
 @pytest.fixture(scope="module")
