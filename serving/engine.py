@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from mien.detection import Face
     from mien.model import Model
-    from mien.passwords import Code
+    from mien.passwords import Code, Workspace
     from mien.pictures import FaceGeometry, Geometry, Limits, Picture
     from serving.options import EditOptions
 
@@ -176,6 +176,7 @@ class Engine:
         self._pool = ThreadPoolExecutor(settings.workers, thread_name_prefix="mien-work")
         # Argon2 releases the GIL and runs beside decoding and detection.
         self._kdf = ThreadPoolExecutor(settings.workers, thread_name_prefix="mien-kdf")
+        self._workspaces: list[Workspace] = []  # of derivations, those that nobody uses now
         self._batcher = Batcher(
             size=settings.batch_size,
             wait=settings.batch_wait_ms / 1000,
@@ -488,17 +489,38 @@ class Engine:
             InvalidPassword: one cannot be used.
             RateLimited: recovering, too many were tried.
         """
+        from mien.passwords import derive_code
+
         operation = _edit_of(call)
         usual = options.password.get_secret_value() if options.password is not None else None
         single = {n: word.get_secret_value() for n, word in (options.passwords or {}).items()}
         words = dict.fromkeys([*([usual] if usual is not None else []), *single.values()])
         if operation == "recover":
             self.gate.try_passwords(call.caller, len(words))
+        model = call.model
         derived: dict[str, Code] = {}
-        for word in words:
-            call.check()
-            derived[word] = call.model.code_for(operation, word)
+        with self._workspace() as workspace:
+            for word in words:
+                call.check()
+                code = derive_code(word, realm=model.realm, bits=model.bits, workspace=workspace)
+                derived[word] = model.code_for(operation, code=code)
         return Codes(derived[usual] if usual is not None else None, {n: derived[word] for n, word in single.items()})
+
+    @contextmanager
+    def _workspace(self) -> Iterator[Workspace]:
+        """One of as many as there are workers; more are made where streams begin beside them, and not kept."""
+        from mien.passwords import Workspace
+
+        with self._lock:
+            mine = self._workspaces.pop() if self._workspaces else None
+        # One thread: the lanes' order is free, requests that run beside each other fill the processors anyway.
+        mine = mine or Workspace(threads=1)
+        try:
+            yield mine
+        finally:
+            with self._lock:
+                if len(self._workspaces) < self.settings.workers:
+                    self._workspaces.append(mine)
 
     def transform(
         self,

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import traceback
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -50,6 +51,25 @@ def test_realm_bits_and_password_each_change_the_code() -> None:
     ]
     # Unrelated codes of 64 bits differ in 32 +- 4 bits.
     assert all(14 < passwords.hamming_distance(base, other) < 50 for other in others)
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_a_workspace_changes_no_code_and_holds_nothing_of_a_password_afterwards(threads: int) -> None:
+    workspace = passwords.Workspace(threads)
+    for password, bits in (("correct horse", 16), ("🐴", 64), ("x" * 1024, 400)):
+        workspace._memory[:] = b"\xff" * len(workspace._memory)
+        code = passwords.derive_code(password, bits=bits, workspace=workspace)
+        assert np.array_equal(code, passwords.derive_code(password, bits=bits))
+        # All of it was used, and wiped.
+        assert not np.frombuffer(workspace._memory, np.uint8).any()
+
+
+def test_threads_that_share_a_workspace_take_turns() -> None:
+    workspace = passwords.Workspace()
+    words = [f"word {n}" for n in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda word: passwords.derive_code(word, workspace=workspace), words))
+    assert [code.tolist() for code in together] == [passwords.derive_code(word).tolist() for word in words]
 
 
 @pytest.mark.parametrize("password", ["", "x" * 10_000, "\ud800", None])
