@@ -27,7 +27,7 @@ TESTS: Final = "tests/serving"
 
 #: Name, what it promises, where it is, and the most seconds it may take.
 RUNS: Final = (
-    ("strace", "no file is opened for writing, no canary stays", "test_promises.py", "200_requests", 420),
+    ("strace", "no file is opened for writing, no canary stays", "test_promises.py", "200_requests", 900),
     ("timing", "a wrong password looks like the right one", "test_promises_recover.py", "500_times", 900),
     ("length", "lengths tell nothing", "test_promises_recover.py", "length_is_the_same", 300),
     ("swap", "models are exchanged under load", "test_promises_load.py", "every_5_s", 240),

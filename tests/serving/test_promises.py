@@ -157,12 +157,21 @@ def test_requests_succeed_where_not_one_byte_may_be_written_to_a_file_and_leave_
     assert snapshot(service.home) == before
 
 
+#: What may open or make a file to write to.
+CALLS = "trace=open,openat,openat2,creat,memfd_create,mkdir,mkdirat,rename,renameat,renameat2,link,linkat"
+
+
+def writes(line: str) -> bool:
+    """Whether a line of strace tells of a file that was opened or made to write to."""
+    opens = re.search(r"O_WRONLY|O_RDWR|O_CREAT|O_TMPFILE|creat\(|memfd|mkdir|rename|link", line)
+    return bool(opens) and "/dev/" not in line and "ENOENT" not in line
+
+
 @contextmanager
 def opened_for_writing(pid: int, trace: Path) -> Iterator[list[str]]:
     """Collects, until the block ends, the system calls of a process that open or make a file to write to."""
-    calls = "trace=open,openat,openat2,creat,memfd_create,mkdir,mkdirat,rename,renameat,renameat2,link,linkat"
     tracer = subprocess.Popen(
-        ["strace", "-f", "-qq", "-e", calls, "-o", str(trace), "-p", str(pid)], stderr=subprocess.PIPE
+        ["strace", "-f", "-qq", "-e", CALLS, "-o", str(trace), "-p", str(pid)], stderr=subprocess.PIPE
     )
     found: list[str] = []
     try:
@@ -173,10 +182,7 @@ def opened_for_writing(pid: int, trace: Path) -> Iterator[list[str]]:
     finally:
         tracer.terminate()
         tracer.wait(20)
-    for line in trace.read_text(errors="replace").splitlines():
-        opens = re.search(r"O_WRONLY|O_RDWR|O_CREAT|O_TMPFILE|creat\(|memfd|mkdir|rename|link", line)
-        if opens and "/dev/" not in line and "ENOENT" not in line:
-            found.append(line)
+    found.extend(line for line in trace.read_text(errors="replace").splitlines() if writes(line))
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
@@ -211,8 +217,12 @@ def test_200_requests_of_50_kb_to_20_mb_open_no_file_for_writing_and_leave_no_ca
     assert len(pictures[0]) < 100_000 and len(pictures[-1]) > 19 * 2**20
     # A run of the picture's own pixels, which a decoded copy of it would hold.
     canary_picture = data.astronaut()[100, 200:240].tobytes()
-    with start_service(tiny_model, tmp_path, MIEN_MAX_BODY_BYTES=str(28 * 2**20)) as service:
-        with service.client(timeout=120) as client, opened_for_writing(service.worker, tmp_path / "trace") as found:
+    trace = tmp_path / "trace"
+    # Traced from its start: only so does the kernel stop it at these calls alone (--seccomp-bpf), and not at each.
+    under = ["strace", "-D", "-f", "-qq", "--seccomp-bpf", "-ttt", "-e", CALLS, "-o", str(trace)]
+    with start_service(tiny_model, tmp_path, under=under, MIEN_MAX_BODY_BYTES=str(28 * 2**20)) as service:
+        with service.client(timeout=120) as client:
+            began = time.time()
             traffic(service, client, astronaut, large)
             safe = [post(client, "/v1/anonymize", picture, password=CANARY).content for picture in pictures]
             for n in range(180):
@@ -230,7 +240,7 @@ def test_200_requests_of_50_kb_to_20_mb_open_no_file_for_writing_and_leave_no_ca
                     answer = post(client, path, picture, password=CANARY)
                 assert answer.status_code == (422 if n % 7 == 6 else 200), answer.text
             metrics = client.get("/metrics").text
-        assert found == []
+            ended = time.time()
         assert CANARY not in metrics + service.printed()
         sent = int(
             sum(float(line.split()[-1]) for line in metrics.splitlines() if line.startswith("mien_requests_total{"))
@@ -241,6 +251,11 @@ def test_200_requests_of_50_kb_to_20_mb_open_no_file_for_writing_and_leave_no_ca
                 if path.is_file():
                     held = path.read_bytes()
                     assert CANARY.encode() not in held and canary_picture not in held, path
+    # Its lines are whole when the tracer has ended: it does with the service.
+    written = [line for line in trace.read_text(errors="replace").splitlines() if writes(line)]
+    at = [float(line.split()[1]) for line in written]
+    assert [line for line, when in zip(written, at, strict=True) if began <= when <= ended] == []
+    assert any(when < began for when in at), "a service that starts makes files: the tracer saw nothing"
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
