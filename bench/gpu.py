@@ -37,6 +37,7 @@ import structlog
 import torch
 
 from bench import serving as bench
+from bench.models import untrained
 
 # Steps of 8 bits by which a face may differ, on average, from what the CPU makes of it.
 _SAME = 0.25
@@ -209,7 +210,6 @@ def paper(asked: argparse.Namespace, report: dict[str, Any]) -> dict[str, Any]:
 def swap(asked: argparse.Namespace, report: dict[str, Any]) -> dict[str, Any]:
     """Two models take turns every second while four callers ask without a pause, over the engine, PNG to PNG."""
     import mien
-    from mien import networks, store
     from serving.engine import Engine
     from serving.metrics import Metrics
     from serving.settings import Settings
@@ -217,14 +217,7 @@ def swap(asked: argparse.Namespace, report: dict[str, Any]) -> dict[str, Any]:
     graphs = asked.device.startswith("cuda")
     with tempfile.TemporaryDirectory() as scratch:
         other, place = Path(scratch) / "other", Path(scratch) / "place"
-        torch.manual_seed(7)
-        architecture = networks.CouplingConfig(widths=(16, 24), condition=32)
-        fresh = networks.build(architecture, bits=16, size=128)
-        with torch.no_grad():
-            for name, parameter in fresh.named_parameters():
-                if name.endswith(".head.weight"):
-                    parameter.normal_(0, 0.02)
-        store.save(other, fresh, store.ModelConfig(architecture=architecture), card="# For a benchmark\n")
+        untrained(other, seed=7)
         exchange(asked.model, place)
         settings = Settings(
             model=str(place), device=asked.device, batch_size=16, model_poll=0.2, cuda_graphs=graphs, workers=4

@@ -23,6 +23,8 @@ import httpx
 import pytest
 import structlog
 
+from bench.models import untrained
+
 ROOT = Path(__file__).resolve().parents[2]
 
 #: Limits small enough that a test reaches them.
@@ -75,7 +77,7 @@ class Service:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model") / "tiny", 7)
+    return untrained(tmp_path_factory.mktemp("model") / "tiny", 7)
 
 
 @contextmanager
@@ -289,27 +291,10 @@ def engine(tiny_model: Path) -> Iterator[Any]:
     engine.close()
 
 
-def make_model(folder: Path, seed: int) -> Path:
-    """A reversible network with random weights: it changes faces visibly and gives them back exactly."""
-    import torch
-
-    from mien import networks, store
-
-    torch.manual_seed(seed)
-    architecture = networks.CouplingConfig(widths=(16, 24), condition=32)
-    network = networks.build(architecture, bits=16, size=128)
-    with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            if name.endswith(".head.weight"):
-                parameter.normal_(0, 0.02)
-    store.save(folder, network, store.ModelConfig(architecture=architecture), card="# A model for tests\n")
-    return folder
-
-
 @pytest.fixture(scope="session")
 def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another one than ``tiny_model``."""
-    return make_model(tmp_path_factory.mktemp("model") / "other", 8)
+    return untrained(tmp_path_factory.mktemp("model") / "other", 8)
 
 
 @pytest.fixture(scope="session")

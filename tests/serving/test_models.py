@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
+from bench.models import untrained
 from mien.errors import ModelError, ModelIntegrityError
 from storage import registry
 
@@ -240,18 +241,9 @@ def test_a_model_that_leaves_faces_as_they_are_does_not_take_over(
     tmp_path: Path,
     wait_until: Callable[..., None],
 ) -> None:
-    import torch
-
-    from mien import networks, store
-
     exchange(tiny_model, tmp_path / "served")
     running = run_engine(tmp_path / "served", model_poll=0.1)
-    architecture = networks.CouplingConfig(widths=(16, 24), condition=32)
-    network = networks.build(architecture, bits=16, size=128)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.zero_()
-    store.save(tmp_path / "idle", network, store.ModelConfig(architecture=architecture), card="# none\n")
+    untrained(tmp_path / "idle", seed=0, gain=0)
     exchange(tmp_path / "idle", tmp_path / "served")
     wait_until(lambda: running.lines.of("model_failed"))
     assert "leaves faces as they are" in running.lines.of("model_failed")[0]["reason"]
