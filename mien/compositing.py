@@ -36,7 +36,7 @@ from torch import Tensor
 from mien import geometry
 from mien.geometry import Matrix, Points
 from mien.networks.blocks import head_radius
-from mien.warp import supersampling_for, warp
+from mien.warp import sample, sampling_grid, supersampling_for
 
 # Iterations and step of the correction. More iterations gain less than the rounding to 8 bits costs.
 _ITERATIONS: Final = 6
@@ -171,50 +171,68 @@ class _Region:
         return torch.from_numpy(self.view.astype(np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
 
     def extract(self) -> Tensor:
-        return _gather(self.tensor(), self.matrix, self.size)
+        pixels = self.tensor()
+        return _Looks(self.matrix, self.size, pixels.shape).gather(pixels)
 
     def paste(self, crop: Tensor) -> None:
         before = self.tensor()
         alpha = _alpha(self.matrix, self.size, before.shape)
-        now = _mix(alpha, self._spread(crop, self.matrix, before.shape), before)
-        now = self._correct(now, crop, alpha)
+        looks = _Looks(self.matrix, self.size, before.shape)
+        now = _mix(alpha, looks.spread(crop), before)
+        now = self._correct(now, crop, alpha, looks)
         values = ((now[0].permute(1, 2, 0) + 1) * 127.5).numpy()
         values = np.rint(values) if self.view.dtype == np.uint8 else values
         touched = alpha.numpy() > 0
         self.view[touched] = values[touched].astype(self.view.dtype)
 
-    def _correct(self, pasted: Tensor, crop: Tensor, alpha: Tensor) -> Tensor:
+    def _correct(self, pasted: Tensor, crop: Tensor, alpha: Tensor, looks: _Looks) -> Tensor:
         """Change pasted pixels, as far as ``alpha`` allows, until extracting them gives ``crop``."""
         # What is missing is a matter of crop pixels: for large faces it is found in a smaller picture and enlarged.
         factor = max(1, int(1 / geometry.scale_of(self.matrix) / _CORRECTION_SCALE))
-        matrix, now = self.matrix, pasted
+        now = pasted
         if factor > 1:
             shrink = np.array([[factor, 0.0, (factor - 1) / 2], [0.0, factor, (factor - 1) / 2]])
-            matrix = geometry.compose(matrix, shrink)
+            matrix = geometry.compose(self.matrix, shrink)
             now = F.avg_pool2d(pasted, factor, ceil_mode=True, count_include_pad=False)
             alpha = _alpha(matrix, self.size, now.shape)
+            looks = _Looks(matrix, self.size, now.shape)
         start = last = now
         for _ in range(_ITERATIONS):
             ahead = now + _MOMENTUM * (now - last)
-            missing = self.inside * (crop - _gather(ahead, matrix, self.size))
-            last, now = now, (ahead + _STEP * alpha * self._spread(missing, matrix, now.shape)).clamp(-1, 1)
+            missing = self.inside * (crop - looks.gather(ahead))
+            last, now = now, (ahead + _STEP * alpha * looks.spread(missing)).clamp(-1, 1)
         if factor == 1:
             return now
         change = F.interpolate(now - start, scale_factor=factor, mode="bilinear", align_corners=False)
         return (pasted + change[..., : pasted.shape[-2], : pasted.shape[-1]]).clamp(-1, 1)
 
+
+class _Looks:
+    """A region of a picture seen from a crop and the crop seen from the region: often, and always from one place."""
+
+    def __init__(self, matrix: Matrix, size: int, shape: tuple[int, ...]) -> None:
+        self._matrix, self._size, self._shape = matrix, size, (shape[-2], shape[-1])
+        self._there: tuple[Tensor, int] | None = None
+        self._back: tuple[Tensor, int] | None = None
+
+    def gather(self, region: Tensor) -> Tensor:
+        """The region as seen from the crop."""
+        if self._there is None:
+            self._there = self._grid(self._matrix, (self._size, self._size), self._shape)
+        grid, samples = self._there
+        return sample(region, grid, padding="reflection", supersample=samples)
+
+    def spread(self, crop: Tensor) -> Tensor:
+        """The crop as seen from the region; bicubic because it keeps more of what the next extraction looks for."""
+        if self._back is None:
+            self._back = self._grid(geometry.invert(self._matrix), self._shape, (self._size, self._size))
+        grid, samples = self._back
+        return sample(crop, grid, padding="border", mode="bicubic", supersample=samples)
+
     @staticmethod
-    def _spread(crop: Tensor, matrix: Matrix, shape: tuple[int, ...]) -> Tensor:
-        """The crop as seen from the picture; bicubic because it keeps more of what the next extraction looks for."""
-        inverse = geometry.invert(matrix)
-        samples = supersampling_for(inverse, _MAX_SUPERSAMPLE)
-        size = (shape[-2], shape[-1])
-        return warp(crop, inverse, size, padding="border", mode="bicubic", supersample=samples)
-
-
-def _gather(region: Tensor, matrix: Matrix, size: int) -> Tensor:
-    samples = supersampling_for(matrix, _MAX_SUPERSAMPLE)
-    return warp(region, matrix, (size, size), padding="reflection", supersample=samples)
+    def _grid(matrix: Matrix, size: tuple[int, int], source: tuple[int, int]) -> tuple[Tensor, int]:
+        samples = supersampling_for(matrix, _MAX_SUPERSAMPLE)
+        return sampling_grid(matrix[None], size, source, samples).float(), samples
 
 
 def _mix(alpha: Tensor, over: Tensor, under: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mien import geometry
+from mien import geometry, mtcnn
 from mien.errors import TooManyFaces
 
 DEFAULT_MAX_FACES: Final = 256
@@ -103,6 +103,8 @@ class MTCNNDetector:
                 self._network = MTCNN(
                     keep_all=True, min_face_size=self.min_face, post_process=False, device=self.device
                 ).eval()
+                if self._on_cpu:
+                    mtcnn.accelerate(self._network)
             return self._network
 
     def detect(self, pixels: NDArray[np.uint8]) -> list[Face]:
@@ -115,9 +117,10 @@ class MTCNNDetector:
         return self.detect_many([pixels])[0]
 
     def detect_many(self, pictures: Sequence[NDArray[np.uint8]]) -> list[list[Face]]:
-        """:meth:`detect` for several pictures; those of one size go through the networks together.
+        """:meth:`detect` for several pictures; on a GPU those of one size go through the networks together.
 
-        What is found in a picture can depend on the others in the last digits: a sum over a batch is rounded otherwise.
+        What is found there in a picture can depend on the others in the last digits: a sum over a batch is rounded
+        otherwise.
         """
         searched: list[NDArray[np.uint8]] = []
         of_shape: dict[tuple[int, ...], list[int]] = {}
@@ -156,11 +159,19 @@ class MTCNNDetector:
             raise TooManyFaces(f"The picture shows {len(faces)} faces; at most {self.max_faces} are accepted.")
         return sorted(faces, key=lambda face: (-_area(face.box), *face.box))
 
+    @property
+    def _on_cpu(self) -> bool:
+        return self.device.startswith("cpu")
+
     def _run(self, pictures: list[NDArray[np.uint8]]) -> list[list[_Found]]:
         network = self.load()
         # A border, because facenet-pytorch clips windows at the picture's edge and then scales landmarks by the
         # unclipped ones: faces cut by the edge were off by 20 px of 90, or missed. With it they are within 3.
         border = max(self.min_face, round(max(pictures[0].shape[:2]) * _BORDER))
+        if self._on_cpu:
+            # Batches would only fill the caches: one picture after the other, and the same for each in any company.
+            found = [mtcnn.find(network, p, border) for p in pictures]
+            return [[(b, float(c), p) for b, c, p in zip(*of, strict=True)] for of in found]
         padded = [np.pad(p, ((border, border), (border, border), (0, 0)), constant_values=127) for p in pictures]
         results = zip(*network.detect(np.stack(padded), landmarks=True), strict=True)
         return [

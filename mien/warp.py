@@ -39,31 +39,47 @@ def warp(
     Returns:
         float ``[B, C, height, width]``, dtype and device of ``images``.
     """
-    height, width = size
-    batch = images.shape[0]
-    forward = np.asarray(matrix.detach().cpu() if isinstance(matrix, Tensor) else matrix, dtype=np.float64)
-    forward = np.broadcast_to(forward, (batch, 2, 3)) if forward.ndim == 2 else forward
+    matrices = np.asarray(matrix.detach().cpu() if isinstance(matrix, Tensor) else matrix, dtype=np.float64)
+    matrices = np.broadcast_to(matrices, (images.shape[0], 2, 3))
+    grid = sampling_grid(matrices, size, (images.shape[-2], images.shape[-1]), supersample).to(images)
+    return sample(images, grid, padding=padding, mode=mode, supersample=supersample)
+
+
+def sampling_grid(
+    matrices: NDArray[np.float64], size: tuple[int, int], source: tuple[int, int], supersample: int = 1
+) -> Tensor:
+    """Where :func:`warp` looks: who warps by one matrix again and again asks once, and calls :func:`sample`.
+
+    Args:
+        matrices: ``[B, 2, 3]``, from input pixels to output pixels.
+        size, source: (height, width) of the output and of the input.
+        supersample: as for :func:`warp`.
+
+    Returns:
+        float64 ``[B, k height, k width, 2]`` as ``grid_sample`` takes it, k being ``supersample``.
+    """
     k = supersample
+    forward = np.asarray(matrices)
     if k > 1:  # positions of a k times finer output grid
         finer = np.array([[k, 0.0, (k - 1) / 2], [0.0, k, (k - 1) / 2]])
         forward = np.stack([geometry.compose(finer, m) for m in forward])
     backward = np.stack([geometry.invert(m) for m in forward])
-    theta = torch.as_tensor(backward, dtype=torch.float64)
-    ys, xs = torch.meshgrid(
-        torch.arange(height * k, dtype=torch.float64), torch.arange(width * k, dtype=torch.float64), indexing="ij"
-    )
-    grid = torch.stack([xs, ys, torch.ones_like(xs)], dim=-1)  # [h, w, 3]
-    source = torch.einsum("hwk,bjk->bhwj", grid, theta)  # pixels of the input
-    in_h, in_w = images.shape[-2:]
-    normalised = (2 * source + 1) / torch.tensor([in_w, in_h], dtype=torch.float64) - 1
-    out = F.grid_sample(
-        images,
-        normalised.to(images),
-        mode=mode,
-        padding_mode=padding,
-        align_corners=False,
-    )
-    return F.avg_pool2d(out, k) if k > 1 else out
+    # From pixels to [-1, 1] over the input. An affine map is a sum of one number a row and one a column.
+    backward[:, :, 2] += 0.5
+    backward *= 2 / np.array(source[::-1], dtype=np.float64)[:, None]
+    grid = np.empty((len(forward), size[0] * k, size[1] * k, 2))
+    xs, ys = np.arange(size[1] * k, dtype=np.float64), np.arange(size[0] * k, dtype=np.float64)
+    for of, theta in zip(grid, backward, strict=True):
+        for axis in (0, 1):
+            row = theta[axis, 0] * xs + (theta[axis, 2] - 1)
+            np.add(row, (theta[axis, 1] * ys)[:, None], out=of[..., axis])
+    return torch.from_numpy(grid)
+
+
+def sample(images: Tensor, grid: Tensor, *, padding: str = "zeros", mode: str = "bilinear", supersample: int) -> Tensor:
+    """Images where a grid of :func:`sampling_grid` says, in the images' dtype; differentiable in the images."""
+    out = F.grid_sample(images, grid, mode=mode, padding_mode=padding, align_corners=False)
+    return F.avg_pool2d(out, supersample) if supersample > 1 else out
 
 
 def supersampling_for(matrix: NDArray[np.float64], limit: int = 8) -> int:
