@@ -5,6 +5,7 @@ One run, one machine, one model, so that the ratios mean something where the fig
 - *bare*: the network alone at the batch size that suits the device best,
 - *engine*: admission, queue, workers and batching around it, crops already decoded,
 - *HTTP*, *gRPC*: the real service in a process of its own, aligned crops in and out as PNG, callers on this machine,
+- *stream*: the same crops as frames of a ``TransformStream``, whose password is derived once and not for each,
 - *codec*: decoding and encoding of such a request on one thread, which a door cannot do without,
 - *lone*: one request of one crop to an idle service, in turns with the same work done here without a service; what a
   door adds is the median of the differences,
@@ -28,6 +29,7 @@ import json
 import logging
 import os
 import platform
+import queue
 import signal
 import socket
 import statistics
@@ -37,7 +39,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 PASSWORD = "bench"  # noqa: S105
+DOORS = ("http", "grpc", "stream")
 # Of an operation that is repeated: calls not counted.
 _WARM_UP = 2
 
@@ -75,33 +78,42 @@ def main() -> None:
 def measure(asked: argparse.Namespace) -> dict[str, Any]:
     """All figures of one run."""
     import mien
+    from mien import passwords
 
     model = mien.load(asked.model, device=asked.device)
     crops = faces(asked.faces, model.crop_size)
+    workspace = passwords.Workspace()
+
+    def derive() -> passwords.Code:
+        # As the engine does it.
+        return passwords.derive_code(PASSWORD, realm=model.realm, bits=model.bits, workspace=workspace)
+
     say("bare network")
     by_batch = {size: bare(model, size, asked.seconds / 2, **tuning(asked)) for size in asked.batches}
     best = max(by_batch, key=lambda size: by_batch[size])
     strip = png(np.concatenate(list(crops)))
     one = png(crops[0])
     codec = seconds_of(lambda: recode(strip), asked.seconds / 4)
-    callers: dict[str, list[float]] = {"http": [], "grpc": []}
+    callers: dict[str, list[float]] = {name: [] for name in DOORS}
     with engine_of(asked, crops, best) as through_engine, service(asked, best) as (http, grpc):
         ways = {
             "bare": lambda seconds: bare(model, best, seconds, **tuning(asked)),
             "engine": through_engine,
             "http": lambda seconds: by_many(lambda: http_caller(http, strip), asked, seconds, callers["http"]),
             "grpc": lambda seconds: by_many(lambda: grpc_caller(grpc, strip), asked, seconds, callers["grpc"]),
+            "stream": lambda seconds: by_many(lambda: stream_caller(grpc, strip), asked, seconds, callers["stream"]),
         }
         say("engine and doors")
         rounds = [{name: way(asked.seconds / 2) for name, way in ways.items()} for _ in range(asked.rounds)]
         say("a lone request")
-        doors = {"http": http_caller(http, one), "grpc": grpc_caller(grpc, one)}
-        alone = lone(model, one, doors, 2 * asked.seconds)
-    password = cpu_seconds(lambda: model.code_for("anonymize", PASSWORD))
+        with http_caller(http, one) as by_http, grpc_caller(grpc, one) as by_grpc:
+            alone = lone(model, one, derive, {"http": by_http, "grpc": by_grpc}, 2 * asked.seconds)
+    password = cpu_seconds(derive)
     say("the paper's architecture")
     paper = paper_network(asked, best, model.bits, model.crop_size)
     caller = {name: statistics.median(taken) for name, taken in callers.items()}
-    besides = {name: (codec + password) / asked.faces + taken for name, taken in caller.items()}
+    once = {"http": codec + password, "grpc": codec + password, "stream": codec}
+    besides = {name: once[name] / asked.faces + taken for name, taken in caller.items()}
     rate = statistics.median(a["bare"] for a in rounds)
     return {
         "machine": {"device": asked.device, "name": device_name(asked.device), "cpus": os.cpu_count()},
@@ -111,8 +123,7 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
         "callers": asked.callers,
         "bare": {"batch": best, "faces_per_second": rate, "by_batch": by_batch},
         "engine": shares(rounds, "engine", 0.0, asked.device),
-        "http": shares(rounds, "http", besides["http"], asked.device),
-        "grpc": shares(rounds, "grpc", besides["grpc"], asked.device),
+        **{name: shares(rounds, name, besides[name], asked.device) for name in DOORS},
         "rounds": rounds,
         "codec": {"seconds_per_face": codec / asked.faces, "share_of_a_bare_face": codec / asked.faces * rate},
         "password": {
@@ -152,10 +163,11 @@ def most_possible(bare: float, besides: float, device: str) -> float:
 def table(report: dict[str, Any]) -> str:
     """The report for people."""
     rows = [("bare network", report["bare"]["faces_per_second"], 1.0)]
-    rows += [(n, report[n]["faces_per_second"], report[n]["of_bare"]) for n in ("engine", "http", "grpc")]
+    rows += [(n, report[n]["faces_per_second"], report[n]["of_bare"]) for n in ("engine", *DOORS)]
     lines = [f"{name:14} {rate:9.1f} faces/s {100 * ratio:6.1f} %" for name, rate, ratio in rows]
-    for n, name in ((2, "http"), (3, "grpc")):
-        lines[n] += f" of bare, {100 * report[name]['of_possible']:.0f} % of what codec, Argon2id and callers leave"
+    for n, name in enumerate(DOORS, start=2):
+        taken = "codec and callers leave" if name == "stream" else "codec, Argon2id and callers leave"
+        lines[n] += f" of bare, {100 * report[name]['of_possible']:.0f} % of what {taken}"
     lone, paper, password = report["lone"], report["paper"], report["password"]
     lines.append(
         f"lone request   {1000 * lone['direct_seconds']:.1f} ms without a service ("
@@ -168,9 +180,7 @@ def table(report: dict[str, Any]) -> str:
     )
     lines.append(
         "callers        "
-        + ", ".join(
-            f"{name} {1e6 * report['caller'][name + '_cpu_seconds_per_face']:.0f} us" for name in ("http", "grpc")
-        )
+        + ", ".join(f"{name} {1e6 * report['caller'][name + '_cpu_seconds_per_face']:.0f} us" for name in DOORS)
         + f" of processor time a face, against {1e6 / report['bare']['faces_per_second']:.0f} us that the network takes"
     )
     lines.append(
@@ -186,7 +196,9 @@ def table(report: dict[str, Any]) -> str:
 STAGES = ("decode", "password", "network", "encode")
 
 
-def lone(model: Any, picture: bytes, doors: dict[str, Callable[[], None]], seconds: float) -> dict[str, float]:
+def lone(
+    model: Any, picture: bytes, derive: Callable[[], Any], doors: dict[str, Callable[[], None]], seconds: float
+) -> dict[str, float]:
     """One request at a time, through each door and without any, in turns.
 
     Returns:
@@ -201,7 +213,7 @@ def lone(model: Any, picture: bytes, doors: dict[str, Callable[[], None]], secon
         marks = [time.perf_counter()]
         decoded = pictures.decode(picture)
         marks.append(time.perf_counter())
-        code = model.code_for("anonymize", PASSWORD)
+        code = derive()
         marks.append(time.perf_counter())
         changed = model.transform(decoded.pixels[None], code[None])
         marks.append(time.perf_counter())
@@ -349,49 +361,79 @@ def service(asked: argparse.Namespace, batch: int) -> Iterator[tuple[str, str]]:
                 process.wait(30)
 
 
-def http_caller(url: str, picture: bytes) -> Callable[[], None]:
+Asks = Callable[[], None]
+
+
+@contextmanager
+def http_caller(url: str, picture: bytes) -> Iterator[Asks]:
     import httpx
 
-    client = httpx.Client(base_url=url, timeout=120, trust_env=False)
-
-    def call() -> None:
-        answer = client.post("/v1/anonymize", files={"image": picture}, data={"password": PASSWORD, "aligned": "true"})
-        answer.raise_for_status()
-
-    return call
+    with httpx.Client(base_url=url, timeout=120, trust_env=False) as client:
+        fields = {"password": PASSWORD, "aligned": "true"}
+        yield lambda: client.post("/v1/anonymize", files={"image": picture}, data=fields).raise_for_status() and None
 
 
-def grpc_caller(address: str, picture: bytes) -> Callable[[], None]:
+@contextmanager
+def grpc_caller(address: str, picture: bytes) -> Iterator[Asks]:
     import grpc
 
     from mien.v1 import face_identity_pb2 as pb
     from mien.v1.face_identity_pb2_grpc import FaceIdentityStub
 
-    channel = grpc.insecure_channel(address, [("grpc.max_receive_message_length", -1)])
-    stub = FaceIdentityStub(channel)
-    message = pb.EditRequest(image=picture, options=pb.EditOptions(password=PASSWORD, aligned=True))
-    return lambda: stub.Anonymize(message, timeout=120) and None
+    with grpc.insecure_channel(address, [("grpc.max_receive_message_length", -1)]) as channel:
+        stub = FaceIdentityStub(channel)
+        message = pb.EditRequest(image=picture, options=pb.EditOptions(password=PASSWORD, aligned=True))
+        yield lambda: stub.Anonymize(message, timeout=120) and None
+
+
+@contextmanager
+def stream_caller(address: str, picture: bytes) -> Iterator[Asks]:
+    """One frame at a time, like the other callers."""
+    import grpc
+
+    from mien.v1 import face_identity_pb2 as pb
+    from mien.v1.face_identity_pb2_grpc import FaceIdentityStub
+
+    edit = pb.EditOptions(password=PASSWORD, aligned=True)
+    options = pb.StreamOptions(operation=pb.OPERATION_ANONYMIZE, edit=edit, fail_without_face=True)
+    frame = pb.TransformStreamRequest(frame=pb.Frame(encoded=picture))
+    sent: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    sent.put(pb.TransformStreamRequest(options=options))
+    with grpc.insecure_channel(address, [("grpc.max_receive_message_length", -1)]) as channel:
+        answers = FaceIdentityStub(channel).TransformStream(iter(sent.get, None))
+
+        def ask() -> None:
+            sent.put(frame)
+            next(answers)
+
+        try:
+            yield ask
+        finally:
+            sent.put(None)
+        for _ in answers:  # until the stream's place is free again
+            pass
 
 
 def by_many(
-    make: Callable[[], Callable[[], None]], asked: argparse.Namespace, seconds: float, costs: list[float]
+    make: Callable[[], AbstractContextManager[Asks]], asked: argparse.Namespace, seconds: float, costs: list[float]
 ) -> float:
     """Faces a second of callers that ask without a pause; what a face takes of the processor here goes to ``costs``."""
     finished: list[float] = []
-    calls = [make() for _ in range(asked.callers)]
-    ends = time.monotonic() + seconds + 1
 
-    def run(call: Callable[[], None]) -> None:
+    def run(ask: Asks) -> None:
         while time.monotonic() < ends:
-            call()
+            ask()
             finished.append(time.monotonic())
 
-    threads = [threading.Thread(target=run, args=(call,)) for call in calls]
-    began = time.process_time()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ExitStack() as callers:
+        asks = [callers.enter_context(make()) for _ in range(asked.callers)]
+        threads = [threading.Thread(target=run, args=(ask,)) for ask in asks]
+        ends = time.monotonic() + seconds + 1
+        began = time.process_time()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     costs.append((time.process_time() - began) / len(finished) / asked.faces)
     return asked.faces * rate_of(finished)
 
