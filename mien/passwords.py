@@ -42,16 +42,12 @@ class Workspace:
     Fresh memory is a quarter of what a derivation takes of the processor: the system clears 16,384 pages, each when it
     is first touched, and takes them back. Argon2 wipes what it filled before it returns, so nothing of a password
     stays; and the pages are left out of core dumps. One derivation at a time: others wait.
-
-    Args:
-        threads: that compute the four lanes, 1 to 4. They make the time, and not the code.
     """
 
-    def __init__(self, threads: int = 1) -> None:
+    def __init__(self) -> None:
         from argon2.low_level import ffi
 
         self._lock = threading.Lock()
-        self._threads = threads
         self._memory = mmap.mmap(-1, _MEMORY_KIB * 1024)
         for advice in ("MADV_HUGEPAGE", "MADV_DONTDUMP"):
             with suppress(AttributeError, OSError):  # where the system has no such thing
@@ -68,8 +64,12 @@ class Workspace:
         self._allocate: Any = ffi.callback("int(uint8_t **, size_t)", allocate, error=1)
         self._free: Any = ffi.callback("void(uint8_t *, size_t)", lambda place, count: None)
 
-    def derive(self, secret: bytes, salt: bytes, length: int) -> bytes:
-        """What ``hash_secret_raw`` of argon2-cffi gives with the parameters of :func:`derive_code`."""
+    def derive(self, secret: bytes, salt: bytes, length: int, threads: int) -> bytes:
+        """What ``hash_secret_raw`` of argon2-cffi gives with the parameters of :func:`derive_code`.
+
+        Raises:
+            HashingError: no thread could be started.
+        """
         from argon2.exceptions import HashingError
         from argon2.low_level import ARGON2_VERSION, Type, core, error_to_str, ffi
 
@@ -81,7 +81,7 @@ class Workspace:
         context.pwd, context.pwdlen = held[0], len(secret)
         context.salt, context.saltlen = held[1], len(salt)
         context.t_cost, context.m_cost = _TIME_COST, _MEMORY_KIB
-        context.lanes, context.threads = _PARALLELISM, self._threads
+        context.lanes, context.threads = _PARALLELISM, min(threads, _PARALLELISM)
         context.allocate_cbk, context.free_cbk = self._allocate, self._free
         context.flags = _CLEAR_PASSWORD
         with self._lock:
@@ -92,7 +92,12 @@ class Workspace:
 
 
 def derive_code(
-    password: str, *, realm: str = DEFAULT_REALM, bits: int = 16, workspace: Workspace | None = None
+    password: str,
+    *,
+    realm: str = DEFAULT_REALM,
+    bits: int = 16,
+    workspace: Workspace | None = None,
+    threads: int = _PARALLELISM,
 ) -> Code:
     """Derive the code of a password.
 
@@ -104,6 +109,7 @@ def derive_code(
         realm: public name of the deployment; the salt is derived from it.
         bits: N, a positive multiple of 4 (the password predictor reads 4 bits a head; paper, eq. 18).
         workspace: memory to derive in; fresh one otherwise. The code is the same.
+        threads: that compute the four lanes in a workspace, 1 to 4. They make the time, and not the code.
 
     Returns:
         bool ``[bits]``.
@@ -119,7 +125,7 @@ def derive_code(
     salt = hashlib.sha256(f"mien/code/v1\0{realm}\0{bits}".encode()).digest()[:16]
     length = max(4, (bits + 7) // 8)
     raw = (
-        workspace.derive(secret, salt, length)
+        workspace.derive(secret, salt, length, threads)
         if workspace is not None
         else hash_secret_raw(secret, salt, _TIME_COST, _MEMORY_KIB, _PARALLELISM, length, Type.ID)
     )

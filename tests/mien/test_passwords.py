@@ -55,10 +55,10 @@ def test_realm_bits_and_password_each_change_the_code() -> None:
 
 @pytest.mark.parametrize("threads", [1, 4])
 def test_a_workspace_changes_no_code_and_holds_nothing_of_a_password_afterwards(threads: int) -> None:
-    workspace = passwords.Workspace(threads)
+    workspace = passwords.Workspace()
     for password, bits in (("correct horse", 16), ("🐴", 64), ("x" * 1024, 400)):
         workspace._memory[:] = b"\xff" * len(workspace._memory)
-        code = passwords.derive_code(password, bits=bits, workspace=workspace)
+        code = passwords.derive_code(password, bits=bits, workspace=workspace, threads=threads)
         assert np.array_equal(code, passwords.derive_code(password, bits=bits))
         # All of it was used, and wiped.
         assert not np.frombuffer(workspace._memory, np.uint8).any()
