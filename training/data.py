@@ -41,7 +41,7 @@ from mien.errors import MienError
 from storage.cache import Cache, Copy
 from training.order import LANES, WINDOW, Canonical, Indices, Order
 
-__all__ = ["Batch", "Batches", "FaceShards", "Faces", "Order", "ShardError", "StreamedShards", "open_faces"]
+__all__ = ["Batch", "Batches", "FaceShards", "Faces", "Order", "Reduced", "ShardError", "StreamedShards", "open_faces"]
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +140,51 @@ def open_faces(
         cache = Path(home) / "mien" / "shards"
     place = storage.open_prefix(url, patience=patience)
     return StreamedShards(place, split, Cache(cache, cache_limit), limit=limit, lanes=lanes)
+
+
+class Reduced:
+    """Faces whose crops are made a whole number of times smaller, each pixel the mean of those it takes the place of.
+
+    Args:
+        faces: the samples as they are stored.
+        crop_size: what is asked for, pixels a side.
+
+    Raises:
+        ValueError: the stored crops are not a multiple of it.
+    """
+
+    def __init__(self, faces: Faces, crop_size: int) -> None:
+        if faces.crop_size % crop_size:
+            raise ValueError(
+                f"crop_size {crop_size} does not divide the {faces.crop_size} pixels of the crops in the shards; give a"
+                " size that does, or shards of that size (python -m services.ingest --crop-size)"
+            )
+        self._faces, self._times = faces, faces.crop_size // crop_size
+        self.crop_size, self.digest, self.identities = crop_size, faces.digest, faces.identities
+
+    def __len__(self) -> int:
+        return len(self._faces)
+
+    def indices(self, seed: int, nimg: int, batch: int, part: slice) -> Indices:
+        """See :meth:`Faces.indices`."""
+        return self._faces.indices(seed, nimg, batch, part)
+
+    def decode(self, indices: Indices, pool: ThreadPoolExecutor | None = None) -> Batch:
+        """See :meth:`Faces.decode`."""
+        return self._smaller(self._faces.decode(indices, pool))
+
+    def labelled(self, part: Part) -> Iterator[Batch]:
+        """See :meth:`Faces.labelled`."""
+        return map(self._smaller, self._faces.labelled(part))
+
+    def prefetch(self, indices: Indices) -> None:
+        """See :meth:`Faces.prefetch`."""
+        self._faces.prefetch(indices)
+
+    def _smaller(self, batch: Batch) -> Batch:
+        times, size = self._times, self.crop_size
+        cells = batch.images.reshape(len(batch.images), size, times, size, times, 3)
+        return Batch(np.rint(cells.mean(axis=(2, 4))).astype(np.uint8), batch.identities)
 
 
 class FaceShards:

@@ -24,7 +24,7 @@ from mien import networks, recognisers, store
 from training import distributed
 from training.checkpoint import Checkpoints, snapshot
 from training.config import RunConfig
-from training.data import CACHE_LIMIT, Batches, Faces, open_faces
+from training.data import CACHE_LIMIT, Batches, Faces, Reduced, open_faces
 from training.distributed import World
 from training.draws import Draws
 from training.export import export, git_commit
@@ -82,8 +82,8 @@ def train(
         mien.errors.ModelError: ``config.start`` cannot be read.
         training.step.TrainingDiverged: too many steps in a row were not finite.
         storage.StorageError: checkpoints cannot be read, or the last one cannot be written.
-        ValueError: the run exists with another config, the batch is too small to be divided, or ``config.start`` is of
-            another network.
+        ValueError: the run exists with another config, the batch is too small to be divided, ``config.start`` is of
+            another network, or the crops of the shards are no multiple of ``config.crop_size``.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -144,6 +144,7 @@ def _train(
     end = min(config.total_images, stop_at or config.total_images)
     meter = _Meter(nimg, config.total_images, quiet=not world.first)
     begun, score, interrupted = nimg, None, _Interrupt()
+    looked: dict[str, float] | None = None  # figures of the last look; the run's last step is always looked at
     coming = Batches(shards, seed=config.seed, nimg=nimg, size=config.batch, part=part, threads=config.decoders)
     with coming as batches, interrupted:
         stopping = world.any(bool(interrupted))
@@ -169,14 +170,14 @@ def _train(
                 for tracker in trackers:
                     tracker.figures(nimg, line)
             if _due(config.sample_every, previous, nimg) or nimg >= config.total_images:
-                figures, picture = validation.look(trainer.ema.network)
-                score = figures["score"]
-                logger.info("validation at %d: %s", nimg, " ".join(f"{k}={v:.3f}" for k, v in figures.items()))
+                looked, picture = validation.look(trainer.ema.network)
+                score = looked["score"]
+                logger.info("validation at %d: %s", nimg, " ".join(f"{k}={v:.3f}" for k, v in looked.items()))
                 if picture is not None:
                     path = folder / "samples" / f"nimg-{nimg:012d}.png"
                     Image.fromarray(picture).save(path)
                     for tracker in trackers:
-                        tracker.figures(nimg, {f"val/{_plain(k)}": v for k, v in figures.items()})
+                        tracker.figures(nimg, {f"val/{_plain(k)}": v for k, v in looked.items()})
                         tracker.picture(nimg, path)
             else:
                 score = None
@@ -194,11 +195,12 @@ def _train(
         for tracker in trackers:
             tracker.close(STOP_PATIENCE)
         return Outcome(False, nimg, None)
-    figures, _ = validation.look(trainer.ema.network)
+    if looked is None:  # a finished run that is only handed over again
+        looked, _ = validation.look(trainer.ema.network)
     model = Path(config.export) if config.export else folder / "model"
 
     def hand_over() -> None:
-        export(trainer.ema.network, config, model, nimg=nimg, data_digest=shards.digest, figures=figures)
+        export(trainer.ema.network, config, model, nimg=nimg, data_digest=shards.digest, figures=looked)
         if trackers and model != folder / "model":
             shutil.copytree(model, folder / "model", dirs_exist_ok=True)
         for tracker in trackers:
@@ -357,7 +359,7 @@ def _plain(name: str) -> str:
 
 
 def _faces(config: RunConfig, split: str, limit: int | None) -> Faces:
-    return open_faces(
+    faces = open_faces(
         config.data.shards,
         split,
         limit=limit,
@@ -366,6 +368,7 @@ def _faces(config: RunConfig, split: str, limit: int | None) -> Faces:
         lanes=config.lanes or LANES,
         patience=config.patience,
     )
+    return faces if faces.crop_size == config.crop_size else Reduced(faces, config.crop_size)
 
 
 def _labelled(shards: Faces, world: World) -> Iterator[tuple[Tensor, Tensor]]:

@@ -10,9 +10,9 @@ import yaml
 
 from tests.k8s import checks
 from tests.k8s.conftest import K8S, ROOT, Render
-from training import config, submit
+from training import config, fit, submit
 
-KINDS = ("fixed", "elastic", "deepspeed", "trainjob", "ingest", "evaluate")
+KINDS = ("fixed", "elastic", "deepspeed", "trainjob", "ingest", "fit", "evaluate")
 OVERLAYS = [f"training/overlays/{overlay}/{kind}" for overlay in ("cpu", "gpu", "spot") for kind in KINDS]
 FOLDERS = ["namespace", "dev", "promote", "monitoring", "training/queue", *OVERLAYS]
 
@@ -44,6 +44,8 @@ def test_what_trains_is_accepted_by_the_trainer_that_is_in_the_image(folder: str
         if module == "training.launch":
             assert arguments[:4] == ["-m", "training", "--config", "/etc/mien/config.yaml"]
             _accepted_by_training(files["mien-train-config"]["config.yaml"], arguments[4:])
+        elif module == "training.fit":
+            _accepted_by_fit(arguments)
         else:
             _accepted_by_command(module, arguments)
 
@@ -57,6 +59,18 @@ def _accepted_by_training(text: str, overrides: list[str]) -> None:
         config._assign(raw, key.split("."), config._parse(value))
     loaded = config.RunConfig.model_validate(config._expand(raw))
     assert loaded.checkpoints is not None and loaded.checkpoints.startswith("s3://")  # a pod's disk goes with the pod
+
+
+def _accepted_by_fit(arguments: list[str]) -> None:
+    """The config is the repository's own, from the place in the image that the Dockerfile copies it to."""
+    assert "COPY training/configs /opt/mien/configs" in (ROOT / "training" / "Dockerfile").read_text()
+    flag, path, *overrides = arguments
+    assert flag == "--config" and path.startswith("/opt/mien/configs/")
+    shipped = ROOT / "training" / "configs" / path.removeprefix("/opt/mien/configs/")
+    here, there = fit.load(shipped), fit.load(shipped, overrides)
+    assert there.data.shards.startswith("s3://") and there.mlflow == "$(MLFLOW_TRACKING_URI)"
+    # Only places are named: the fit itself is the one of this machine.
+    assert fit.key_of(here, "digest") == fit.key_of(there, "digest")
 
 
 def _accepted_by_command(module: str, arguments: list[str]) -> None:

@@ -10,8 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mien import store
 from tests.training.conftest import write_shards
-from training.data import FaceShards, Order, ShardError
+from training.config import RunConfig
+from training.data import FaceShards, Order, Reduced, ShardError
+from training.loop import train
 
 
 def test_a_split_is_read_with_its_labels(shards: Path) -> None:
@@ -53,6 +56,33 @@ def test_a_manifest_that_counts_other_samples_is_refused(tmp_path: Path) -> None
 def test_an_empty_split_is_refused(shards: Path) -> None:
     with pytest.raises(ShardError, match="'test'"):
         FaceShards(shards, "test")
+
+
+def test_crops_are_made_smaller_by_means_and_nothing_else_changes(shards: Path) -> None:
+    whole = FaceShards(shards, "train")
+    half = Reduced(whole, 32)
+    assert (len(half), half.crop_size, half.identities, half.digest) == (24, 32, whole.identities, whole.digest)
+    chosen = np.array([5, 0])
+    one, other = whole.decode(chosen), half.decode(chosen)
+    assert other.images.shape == (2, 32, 32, 3) and other.images.dtype == np.uint8
+    for y, x in ((0, 0), (7, 31), (31, 16)):
+        cell = one.images[1, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2].reshape(4, 3)
+        assert np.array_equal(other.images[1, y, x], np.rint(cell.astype(float).mean(axis=0)))
+    assert other.identities.tolist() == one.identities.tolist()
+    assert np.array_equal(half.indices(3, 8, 4, slice(0, 4)), whole.indices(3, 8, 4, slice(0, 4)))
+    labels = [np.concatenate([b.identities for b in faces.labelled(lambda n: slice(n))]) for faces in (half, whole)]
+    assert np.array_equal(*labels)
+    with pytest.raises(ValueError, match=r"crop_size 48 does not divide the 64 pixels"):
+        Reduced(whole, 48)
+
+
+def test_a_run_on_smaller_crops_than_the_shards_have_trains_and_one_that_does_not_divide_them_is_refused(
+    bare: RunConfig,
+) -> None:
+    outcome = train(bare.model_copy(update={"crop_size": 32, "total_images": 2}))
+    assert outcome.model is not None and store.load(outcome.model)[1].crop_size == 32
+    with pytest.raises(ValueError, match="does not divide"):
+        train(bare.model_copy(update={"crop_size": 48, "name": "another"}))
 
 
 @given(

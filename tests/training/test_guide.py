@@ -9,6 +9,7 @@ from typing import Final
 
 import pytest
 
+from training import fit
 from training.config import RunConfig, load
 
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -31,6 +32,8 @@ def test_every_command_is_one_that_its_program_takes(monkeypatch: pytest.MonkeyP
             assert re.search(r"^train-local:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         elif line[:4] == ["python", "-m", "training", "--config"]:
             load(line[4], line[5:])
+        elif line[:4] == ["python", "-m", "training.fit", "--config"]:
+            fit.load(line[4], line[5:])
         else:
             assert line[:3] == ["python", "-m", "training.launch"], line
             given = get_args_parser().parse_args(line[3:])
