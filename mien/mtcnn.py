@@ -15,7 +15,7 @@ pixels (tests/mien/test_mtcnn.py).
 from __future__ import annotations
 
 import math
-from functools import reduce
+from functools import lru_cache, reduce
 from typing import Any, Final, cast
 
 import numpy as np
@@ -162,8 +162,12 @@ def _propose(network: Any, table: _Table, size: tuple[int, int], threshold: floa
     return torch.cat([boxes[:, :4] + boxes[:, 5:] * sides, boxes[:, 4:5]], dim=1)
 
 
+@lru_cache(maxsize=256)
 def _windows(side: int, level: int, border: int, inner: int) -> tuple[Bins, int]:
-    """The bins of one axis of a level that windows showing the picture see, and the number of the first window."""
+    """The bins of one axis of a level that windows showing the picture see, and the number of the first window.
+
+    The same for all frames of a clip; not to be written to.
+    """
     start, end = _bins(np.array([0]), np.array([side]), level)
     shown = np.flatnonzero((end[0] > border) & (start[0] < border + inner))
     first = max(0, math.ceil((int(shown[0]) - _WINDOW + 1) / 2))

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mien import compositing, geometry
-from mien.detection import Detector
+from mien.detection import Detector, Face, MTCNNDetector
 from mien.errors import NoFaceFound, NoSuchFace, WrongModel
 from mien.model import Model, Operation
 from mien.passwords import Code
@@ -24,19 +24,22 @@ from mien.pictures import DEFAULT_LIMITS, Limits
 from mien.video import codecs, geometry_track
 from mien.video.codecs import CODECS, Codec, CodecName
 from mien.video.container import Clip, Frame, Reader, Writer
-from mien.video.editing import FaceInFrame, Transform, edit
+from mien.video.editing import Edited, FaceInFrame, Transform, edit
 from mien.video.errors import InvalidVideo
 from mien.video.geometry_track import ClipGeometry, Colour
+from mien.video.stages import in_order, threads, usual_workers
 from mien.video.tracking import State, Tracker, TrackerConfig, tracking_detector
 from mien.video.trajectories import Trajectories, Trajectory
 
 Progress = Callable[[str, int, int], None]
 """``progress(stage, frames done, frames in all or 0)``."""
 
-# A batch ends at this many crops, frames or bytes of pictures.
+# A batch ends at this many crops, frames or bytes of pictures; each worker has one.
 _BATCH_FACES: Final = 32
 _BATCH_FRAMES: Final = 16
-_BATCH_BYTES: Final = 192 * 1024 * 1024
+_BATCH_BYTES: Final = 64 * 1024 * 1024
+# Frames in which faces are looked for ahead of the tracker, in bytes.
+_AHEAD_BYTES: Final = 256 * 1024 * 1024
 
 _THUMBNAIL: Final = 96
 
@@ -83,6 +86,7 @@ def find_tracks(
     thumbnails: bool = False,
     limits: Limits = DEFAULT_LIMITS,
     progress: Progress = lambda stage, done, total: None,
+    workers: int | None = None,
 ) -> Tracks:
     """Find and follow every face of a clip (pass one).
 
@@ -94,20 +98,33 @@ def find_tracks(
         thumbnails: keep a small picture of every face.
         limits: of the pictures.
         progress: told after every frame.
+        workers: threads that look for faces, as many as fill the cores by default. The result is the same with any.
 
     Raises:
         InvalidVideo: see :class:`~mien.video.container.Reader`.
     """
     collected = Trajectories()
     best: dict[int, tuple[float, NDArray[np.uint8]]] = {}
-    with Reader(source, limits=limits) as reader:
+    workers = workers or usual_workers()
+    every = (config or TrackerConfig()).every
+    # Which frames are due beyond every k-th the tracker alone knows, and asks in. Detectors of others it asks in all:
+    # they may care for the order of frames.
+    foreseen = isinstance(detector, MTCNNDetector)
+
+    def look(frame: Frame) -> list[Face] | None:
+        return detector.detect(frame.pixels) if foreseen and frame.index % every == 0 else None
+
+    def ahead(frame: Frame) -> int:
+        return min(workers * every, max(1, _AHEAD_BYTES // frame.pixels.nbytes)) if foreseen else 0
+
+    with Reader(source, limits=limits) as reader, threads(workers) as pool:
         clip = reader.clip
         tracker = Tracker(detector, rate=float(clip.rate), config=config)
         first = last = 0.0
-        for frame in reader.frames():
+        for frame, faces in in_order(pool, look, reader.frames(), ahead=ahead):
             last = float(frame.pts * clip.time_base)
             first = last if not frame.index else first
-            seen = tracker.update(frame.pixels, last)
+            seen = tracker.update(frame.pixels, last, faces)
             collected.add(seen)
             if thumbnails:
                 for face in seen:
@@ -147,6 +164,7 @@ def anonymize(
     limits: Limits = DEFAULT_LIMITS,
     progress: Progress = lambda stage, done, total: None,
     transform: Transform | None = None,
+    workers: int | None = None,
 ) -> Report:
     """Change the faces of a clip.
 
@@ -165,7 +183,9 @@ def anonymize(
         allow_no_face: write clips without faces too.
         limits: of the pictures.
         progress: told after every frame of both passes.
-        transform: runs the network in the model's place, for servers that batch.
+        transform: runs the network in the model's place, for servers that batch. Called from several threads.
+        workers: threads that find and change faces, as many as fill the cores by default. The result is the same with
+            any number.
 
     Raises:
         NoFaceFound: there is none in the whole clip.
@@ -192,6 +212,7 @@ def anonymize(
         config=config,
         limits=limits,
         progress=progress,
+        workers=workers,
     )
     if not found.trajectories and not allow_no_face:
         raise NoFaceFound("No face was found in the clip.")
@@ -223,6 +244,7 @@ def anonymize(
         progress,
         transform,
         _notes(clip, chosen, "anonymize"),
+        workers,
     )
 
 
@@ -242,6 +264,7 @@ def recover(
     limits: Limits = DEFAULT_LIMITS,
     progress: Progress = lambda stage, done, total: None,
     transform: Transform | None = None,
+    workers: int | None = None,
 ) -> Report:
     """Give the faces of a clip back; a wrong code makes them third ones.
 
@@ -274,6 +297,7 @@ def recover(
             config=config,
             limits=limits,
             progress=progress,
+            workers=workers,
         )
         trajectories, frames, colour = found.trajectories, found.frames, clip.colour
     else:
@@ -312,6 +336,7 @@ def recover(
         progress,
         transform,
         [*notes, *_notes(clip, chosen, "recover")],
+        workers,
     )
 
 
@@ -338,6 +363,7 @@ def _second_pass(
     progress: Progress,
     transform: Transform | None,
     notes: list[str],
+    workers: int | None,
 ) -> Report:
     run = transform or model.transform_float
     transformed: dict[int, int] = {}
@@ -345,16 +371,20 @@ def _second_pass(
     stage = "changing faces" if operation == "anonymize" else "giving faces back"
     tags = {geometry_track.TAG: geometry_track.encode(carried)} if carried is not None else {}
     done = 0
-    with Reader(source, limits=limits) as reader:
+
+    def change(piece: tuple[list[Frame], list[Any]]) -> list[Edited]:
+        work = [(frame.pixels, _faces_in(frame.index, trajectories, code, codes)) for frame in piece[0]]
+        return edit(work, run, size=model.crop_size, operation=operation)
+
+    workers = workers or usual_workers()
+    with Reader(source, limits=limits) as reader, threads(workers) as pool:
         container = codecs.container_of(target.suffix)
         with Writer(
             target, container=container, source=reader, codec=codec, crf=crf, colour=colour, tags=tags
         ) as writer:
-            for batch, packets in _batches(reader, trajectories):
-                work = [(frame.pixels, _faces_in(frame.index, trajectories, code, codes)) for frame in batch]
-                for frame, edited in zip(
-                    batch, edit(work, run, size=model.crop_size, operation=operation), strict=True
-                ):
+            pieces = _batches(reader, trajectories)
+            for (batch, packets), changed in in_order(pool, change, pieces, ahead=lambda _: workers):
+                for frame, edited in zip(batch, changed, strict=True):
                     writer.write(Frame(frame.index, frame.pts, frame.duration, edited.pixels, frame.alpha))
                     for track in edited.transformed:
                         transformed[track] = transformed.get(track, 0) + 1

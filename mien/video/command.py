@@ -128,7 +128,7 @@ def one(
         "config": TrackerConfig(every=options.every),
     }
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _terminable(), _progress(quiet) as progress:
+    with _terminable(), _whole_frames(), _progress(quiet) as progress:
         if operation == "anonymize":
             return clips.anonymize(
                 model, source, target, code, allow_no_face=allow_no_face, progress=progress, **shared
@@ -158,7 +158,7 @@ def list_tracks(source: Path, *, as_json: bool, sheet: Path | None, no_sheet: bo
     from mien.video.tracking import WEAK, State, TrackerConfig
 
     want_sheet = not no_sheet and (sheet is not None or not as_json)
-    with _terminable(), _progress(as_json) as progress:
+    with _terminable(), _whole_frames(), _progress(as_json) as progress:
         found = clips.find_tracks(
             source,
             MTCNNDetector(min_confidence=WEAK),
@@ -267,6 +267,19 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _whole_frames() -> Iterator[None]:
+    """A core for each of several frames, instead of all cores for each layer of a small network."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

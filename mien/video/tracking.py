@@ -138,12 +138,15 @@ class Tracker:
         """Numbers of the faces that are followed now."""
         return frozenset(track.number for track in self._alive)
 
-    def update(self, pixels: NDArray[np.uint8], time: float | None = None) -> list[Observation]:
+    def update(
+        self, pixels: NDArray[np.uint8], time: float | None = None, faces: list[Face] | None = None
+    ) -> list[Observation]:
         """Take the next frame.
 
         Args:
             pixels: uint8 RGB ``[H, W, 3]``, the same size for all frames.
             time: seconds; frame number over rate by default. Should increase.
+            faces: what the detector answers for this frame, where somebody has asked it already.
 
         Returns:
             Faces of this frame, and of earlier frames (``lookback`` at most) where a face was found late. An earlier
@@ -169,7 +172,7 @@ class Tracker:
         found: list[Observation] = []
         if due:
             self.detections += 1
-            faces = self.detector.detect(pixels)
+            faces = self.detector.detect(pixels) if faces is None else faces
             for owner, face in self._associate(faces, now):
                 found += self._accept(owner, face, gray, factor, now, index)
         bridge, hold = self.config.bridge + 1e-9, self.config.hold + 1e-9

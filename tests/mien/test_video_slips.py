@@ -32,11 +32,6 @@ class Clip(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def remembering(detector: MTCNNDetector) -> Remembering:
-    return Remembering(detector)
-
-
-@pytest.fixture(scope="module")
 def clip(
     astronaut: NDArray[np.uint8], remembering: Remembering, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[Motion], Clip]:
@@ -180,6 +175,7 @@ def test_one_bad_face_does_not_take_its_batch_with_it(
         model.code_for("anonymize", "x"),
         detector=remembering,
         transform=refusing,
+        workers=1,
     )
     assert calls[0] > 8, "the network is given a batch over frames"
     assert report.masked == {0: [2]}
