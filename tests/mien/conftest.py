@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,12 @@ from hypothesis import settings
 from numpy.typing import NDArray
 from PIL import Image
 
-from mien import networks, store
+from mien import cli, networks, store
 from mien.detection import MTCNNDetector
 from mien.model import Model, load
 from mien.networks import CouplingConfig
+from tests.mien.command import Command, Ran
+from tests.mien.video_parts import Remembering
 
 # Deadlines measure the machine, and this one may be busy.
 settings.register_profile("mien", deadline=None)
@@ -48,6 +51,11 @@ def detector() -> MTCNNDetector:
     return MTCNNDetector()
 
 
+@pytest.fixture(scope="module")
+def remembering(detector: MTCNNDetector) -> Remembering:
+    return Remembering(detector)
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A coupling network with small random weights: it changes faces visibly, and T(-p) T(p) I = I holds exactly."""
@@ -69,3 +77,20 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def model(model_folder: Path, detector: MTCNNDetector) -> Model:
     return load(model_folder, device="cpu", detector=detector)
+
+
+@pytest.fixture
+def mien(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """The command, run in this process."""
+
+    def run(*arguments: object) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["mien", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        code = stopped.value.code
+        return Ran(code if isinstance(code, int) else 0, captured.out, captured.err)
+
+    return run

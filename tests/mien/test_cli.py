@@ -20,6 +20,7 @@ from PIL import Image
 
 from mien import cli
 from mien.passwords import derive_code, format_code
+from tests.mien.command import Command
 
 SECRET = "hunter-two-and-a-half"
 
@@ -42,32 +43,12 @@ def folder(tmp_path: Path, photo: Image.Image, monkeypatch: pytest.MonkeyPatch, 
     return work
 
 
-class Ran:
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def mien(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
-    def run(*arguments: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["mien", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        code = stopped.value.code
-        return Ran(code if isinstance(code, int) else 0, captured.out, captured.err)
-
-    return run
-
-
 def pixels(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB")).astype(float)
 
 
-def test_a_picture_goes_there_and_back(folder: Path, mien) -> None:  # type: ignore[no-untyped-def]
+def test_a_picture_goes_there_and_back(folder: Path, mien: Command) -> None:
     there = mien("anonymize", "face.png")
     assert there.code == 0 and there.out.strip() == "1 face anonymized: face.anon.png"
     back = mien("recover", "face.anon.png")
@@ -76,7 +57,7 @@ def test_a_picture_goes_there_and_back(folder: Path, mien) -> None:  # type: ign
     assert np.abs(recovered - original).mean() < np.abs(hidden - original).mean() / 2
 
 
-def test_a_folder_is_mirrored_and_what_failed_is_listed(folder: Path, mien) -> None:  # type: ignore[no-untyped-def]
+def test_a_folder_is_mirrored_and_what_failed_is_listed(folder: Path, mien: Command) -> None:
     ran = mien("anonymize", "in", "-o", "out")
     assert ran.code == cli.SOME_FAILED
     assert sorted(str(p.relative_to("out")) for p in Path("out").rglob("*.*")) == ["one.anon.png", "sub/two.anon.png"]
@@ -90,7 +71,7 @@ def test_a_folder_is_mirrored_and_what_failed_is_listed(folder: Path, mien) -> N
     assert (folder / "out/one.anon.png").stat().st_mtime_ns == before
 
 
-def test_pictures_without_faces_are_copied_or_skipped_on_request(folder: Path, mien) -> None:  # type: ignore[no-untyped-def]
+def test_pictures_without_faces_are_copied_or_skipped_on_request(folder: Path, mien: Command) -> None:
     (folder / "in/text.png").unlink()
     copied = mien("anonymize", "in", "-o", "out", "--on-no-face", "copy")
     assert copied.code == 0 and (folder / "out/meadow.anon.png").exists()
@@ -98,13 +79,13 @@ def test_pictures_without_faces_are_copied_or_skipped_on_request(folder: Path, m
     assert skipped.code == 0 and not (folder / "other/meadow.anon.png").exists()
 
 
-def test_names_that_would_collide_keep_their_suffix(folder: Path, mien) -> None:  # type: ignore[no-untyped-def]
+def test_names_that_would_collide_keep_their_suffix(folder: Path, mien: Command) -> None:
     shutil.copy(folder / "face.png", folder / "in/one.png")
     ran = mien("anonymize", "in", "-o", "out", "--dry-run")
     assert "in/one.jpg -> out/one.jpg.anon.png" in ran.out and "in/one.png -> out/one.png.anon.png" in ran.out
 
 
-def test_a_dry_run_writes_nothing(folder: Path, mien) -> None:  # type: ignore[no-untyped-def]
+def test_a_dry_run_writes_nothing(folder: Path, mien: Command) -> None:
     before = sorted(folder.rglob("*"))
     ran = mien("anonymize", "in", "--dry-run")
     assert ran.code == 0 and "in/one.jpg -> in.anon/one.anon.png" in ran.out
@@ -131,8 +112,8 @@ def test_a_dry_run_writes_nothing(folder: Path, mien) -> None:  # type: ignore[n
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_every_mistake_has_one_clear_line_and_an_exit_code(  # type: ignore[no-untyped-def]
-    folder: Path, mien, arguments: list[str], code: int, says: str
+def test_every_mistake_has_one_clear_line_and_an_exit_code(
+    folder: Path, mien: Command, arguments: list[str], code: int, says: str
 ) -> None:
     before = sorted(folder.rglob("*"))
     ran = mien(*arguments)
@@ -142,13 +123,13 @@ def test_every_mistake_has_one_clear_line_and_an_exit_code(  # type: ignore[no-u
 
 
 @pytest.mark.parametrize("password", ["", "x" * 10_000])
-def test_unusable_passwords_have_their_own_exit_code(folder: Path, mien, password: str) -> None:  # type: ignore[no-untyped-def]
+def test_unusable_passwords_have_their_own_exit_code(folder: Path, mien: Command, password: str) -> None:
     (folder / "pw").write_text(password + "\nsecond line\n")
     ran = mien("anonymize", "face.png", "--password-file", "pw")
     assert ran.code == cli.BAD_PASSWORD and "password" in ran.err and "xxx" not in ran.err
 
 
-def test_a_wrong_password_is_no_error_and_gives_other_faces(folder: Path, mien) -> None:  # type: ignore[no-untyped-def]
+def test_a_wrong_password_is_no_error_and_gives_other_faces(folder: Path, mien: Command) -> None:
     (folder / "wrong").write_text("something else")
     mien("anonymize", "face.png")
     ran = mien("recover", "face.anon.png", "--password-file", "wrong")
@@ -161,7 +142,7 @@ def test_a_wrong_password_is_no_error_and_gives_other_faces(folder: Path, mien) 
     )
 
 
-def test_a_swapped_model_is_refused(folder: Path, mien, model_folder: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_swapped_model_is_refused(folder: Path, mien: Command, model_folder: Path) -> None:
     shutil.copytree(model_folder, folder / "model")
     config = json.loads((folder / "model/config.json").read_text())
     (folder / "model/config.json").write_text(json.dumps({**config, "digest": "1" * 64}))
@@ -169,7 +150,7 @@ def test_a_swapped_model_is_refused(folder: Path, mien, model_folder: Path) -> N
     assert ran.code == cli.BAD_MODEL and "sha256" in ran.err
 
 
-def test_faces_are_listed_for_people_and_programs(folder: Path, mien) -> None:  # type: ignore[no-untyped-def]
+def test_faces_are_listed_for_people_and_programs(folder: Path, mien: Command) -> None:
     plain = mien("detect", "face.png")
     assert plain.code == 0 and plain.out.startswith("face.png: 1 face\n  0: x ")
     listed = json.loads(mien("detect", "face.png", "--json").out)
@@ -189,7 +170,9 @@ def not_root() -> Iterator[None]:
         os.seteuid(0)
 
 
-def test_a_folder_that_cannot_be_read_is_listed_and_the_others_are_done(folder: Path, mien, request) -> None:  # type: ignore[no-untyped-def]
+def test_a_folder_that_cannot_be_read_is_listed_and_the_others_are_done(
+    folder: Path, mien: Command, request: pytest.FixtureRequest
+) -> None:
     closed = folder / "in/closed"
     closed.mkdir(mode=0o000)
     mien("anonymize", "in", "--dry-run")  # all that is imported late is imported now, while it can be read
@@ -199,7 +182,7 @@ def test_a_folder_that_cannot_be_read_is_listed_and_the_others_are_done(folder: 
     assert "4 pictures would be anonymized" in ran.out
 
 
-def test_a_full_disk_leaves_the_old_file_whole(folder: Path, mien) -> None:  # type: ignore[no-untyped-def]
+def test_a_full_disk_leaves_the_old_file_whole(folder: Path, mien: Command) -> None:
     """The kernel refuses this process to write more than 20 kB to any file."""
     (folder / "face.anon.png").write_bytes(b"old")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -249,7 +232,7 @@ def test_the_password_is_asked_for_twice_and_shown_nowhere(folder: Path, model_f
     assert b"sha256" in shown
 
 
-def test_nothing_written_holds_the_password(folder: Path, mien) -> None:  # type: ignore[no-untyped-def]
+def test_nothing_written_holds_the_password(folder: Path, mien: Command) -> None:
     (folder / "in/text.png").unlink()
     mien("anonymize", "in", "-o", "out", "--keep-metadata", "--on-no-face", "copy")
     mien("recover", "out", "-o", "back", "--on-no-face", "copy")
@@ -259,14 +242,14 @@ def test_nothing_written_holds_the_password(folder: Path, mien) -> None:  # type
     assert not [path for path in written if SECRET.encode() in path.read_bytes() or code in path.read_bytes()]
 
 
-def test_without_a_terminal_nobody_is_asked(folder: Path, mien, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+def test_without_a_terminal_nobody_is_asked(folder: Path, mien: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MIEN_PASSWORD")
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     ran = mien("anonymize", "face.png")
     assert ran.code == cli.BAD_PASSWORD and "--password-file" in ran.err
 
 
-def test_a_password_can_come_from_standard_input(folder: Path, mien, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+def test_a_password_can_come_from_standard_input(folder: Path, mien: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     mien("anonymize", "face.png")
     monkeypatch.setattr(sys, "stdin", io.StringIO(SECRET + "\n"))
     assert mien("anonymize", "face.png", "-o", "again.png", "--password-file", "-").code == 0
@@ -304,7 +287,9 @@ def test_help_answers_without_loading_torch() -> None:
     assert "anonymize" in done.stdout and "Exit codes" in done.stdout
 
 
-def test_serve_runs_the_service_with_the_model_in_its_environment(folder: Path, mien, model_folder: Path) -> None:  # type: ignore[no-untyped-def]
+def test_serve_runs_the_service_with_the_model_in_its_environment(
+    folder: Path, mien: Command, model_folder: Path
+) -> None:
     ran = mien("serve", "--dry-run", "--port", "3456", "--realm", "here")
     assert ran.code == 0 and f"MIEN_MODEL={model_folder} MIEN_REALM=here" in ran.out
     assert "bentoml serve serving.service:MienService --port 3456" in ran.out and SECRET not in ran.out
@@ -312,7 +297,7 @@ def test_serve_runs_the_service_with_the_model_in_its_environment(folder: Path, 
     assert missing.code == cli.BAD_MODEL
 
 
-def test_the_version_is_the_packages(mien) -> None:  # type: ignore[no-untyped-def]
+def test_the_version_is_the_packages(mien: Command) -> None:
     from mien import __version__
 
     assert mien("version").out == f"mien {__version__}\n"

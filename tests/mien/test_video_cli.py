@@ -22,30 +22,11 @@ from mien import cli
 from mien.detection import MTCNNDetector
 from mien.video import synthetic
 from mien.video.codecs import CODECS
+from tests.mien.command import Command
 from tests.mien.video_parts import differ, frames
 
 SECRET = "hunter-two-and-a-half"
 FRAMES = 6
-
-
-class Ran:
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture
-def mien(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
-    def run(*arguments: object) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["mien", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        code = stopped.value.code
-        return Ran(code if isinstance(code, int) else 0, captured.out, captured.err)
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +57,7 @@ def apart(a: Path, b: Path, side: str = "both") -> float:
     return float(np.mean([differ(x.pixels[place], y.pixels[place]) for x, y in zip(frames(a), frames(b), strict=True)]))
 
 
-def test_a_clip_goes_there_and_back(folder: Path, mien: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clip_goes_there_and_back(folder: Path, mien: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     there = mien("anonymize", "clip.mp4")
     assert there.code == 0
     assert there.out == f"2 tracks in {FRAMES} frames anonymized, lossless: clip.anon.mp4\n"
@@ -92,9 +73,7 @@ def test_a_clip_goes_there_and_back(folder: Path, mien: Callable[..., Ran], monk
     assert SECRET.encode() not in anonymized.read_bytes()
 
 
-def test_detect_lists_tracks_and_draws_them_and_single_ones_can_be_chosen(
-    folder: Path, mien: Callable[..., Ran]
-) -> None:
+def test_detect_lists_tracks_and_draws_them_and_single_ones_can_be_chosen(folder: Path, mien: Command) -> None:
     listed = mien("detect", "clip.mp4")
     assert listed.code == 0
     assert listed.out.splitlines()[0] == f"clip.mp4: 2 tracks in {FRAMES} frames, 400x180, 25 frames/s"
@@ -121,9 +100,7 @@ def test_detect_lists_tracks_and_draws_them_and_single_ones_can_be_chosen(
     assert not (folder / "no.mp4").exists()
 
 
-def test_people_can_have_passwords_of_their_own(
-    folder: Path, mien: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_people_can_have_passwords_of_their_own(folder: Path, mien: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "passwords").write_text("1 second person\n")
     assert mien("anonymize", "clip.mp4", "--track-passwords", "passwords").code == 0
     # The second person's file is all that is needed to give the second person back.
@@ -140,7 +117,7 @@ def test_people_can_have_passwords_of_their_own(
     assert broken.code == cli.BAD_PASSWORD and "correct-horse" not in broken.err
 
 
-def test_what_cannot_be_is_said_before_any_work(folder: Path, mien: Callable[..., Ran]) -> None:
+def test_what_cannot_be_is_said_before_any_work(folder: Path, mien: Command) -> None:
     (folder / "there.mp4").write_bytes(b"x")
     exists = mien("anonymize", "clip.mp4", "-o", "there.mp4")
     assert exists.code == cli.FILE_TROUBLE and "--overwrite" in exists.err

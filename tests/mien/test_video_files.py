@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mien.detection import MTCNNDetector
 from mien.errors import ImageTooLarge, NoFaceFound, WrongModel
 from mien.model import Model
 from mien.pictures import Limits
@@ -24,11 +23,6 @@ from mien.video.errors import InvalidVideo
 from tests.mien.video_parts import Pixels, Remembering, differ, frames, hiding, others
 
 SUBTITLES = ((0.1, 0.3, "first"), (0.4, 0.6, "second"))
-
-
-@pytest.fixture(scope="module")
-def remembering(detector: MTCNNDetector) -> Remembering:
-    return Remembering(detector)
 
 
 @pytest.fixture(scope="module")

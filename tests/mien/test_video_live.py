@@ -17,7 +17,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mien.detection import MTCNNDetector
 from mien.errors import ModelError
 from mien.model import Model
 from mien.video import synthetic
@@ -31,11 +30,6 @@ from tests.mien.video_parts import Blind, Remembering, differ, frames, hiding
 
 FRAMES = 16
 FACE = np.s_[60:180, 80:240]
-
-
-@pytest.fixture(scope="module")
-def remembering(detector: MTCNNDetector) -> Remembering:
-    return Remembering(detector)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mien import geometry
-from mien.detection import Face, MTCNNDetector
+from mien.detection import Face
 from mien.video import geometry_track, synthetic
 from mien.video.geometry_track import ClipGeometry, Colour
 from mien.video.synthetic import Shot
@@ -20,11 +20,6 @@ from mien.video.trajectories import Trajectories, Trajectory, smoothed
 from tests.mien.video_parts import Blind, Remembering
 
 FRAMES = 30
-
-
-@pytest.fixture(scope="module")
-def remembering(detector: MTCNNDetector) -> Remembering:
-    return Remembering(detector)
 
 
 @pytest.fixture(scope="module")
