@@ -22,9 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import numpy as np
 import pytest
 import yaml
+from skimage import data
 
+import mien
+from mien.clients import Tracking
 from tests.e2e import objects
 from tests.helm import chart
 
@@ -170,6 +174,20 @@ def test_a_picture_goes_there_and_back_over_both_doors(running: Running) -> None
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "OK, model" in done.stdout
+
+
+@pytest.mark.soak
+def test_a_stream_that_follows_faces_is_answered(running: Running) -> None:
+    """What that needs (trackers, OpenCV without a display) is in the image; the face changes in each frame."""
+    astronaut = data.astronaut()
+    sent = [np.roll(astronaut, 2 * n, axis=1)[:360, :480].copy() for n in range(6)]
+    with mien.Client(f"grpc://{running.grpc}", timeout=120) as client:
+        got = list(client.stream(iter(sent), "correct horse", tracking=Tracking(lookahead=2)))
+    assert len(got) == len(sent)
+    for before, after in zip(sent, got, strict=True):
+        assert [face.track for face in after.tracked] == [0] and not after.tracked[0].masked
+        pixels = np.asarray(after.picture, dtype=np.int16)
+        assert np.abs(pixels - before)[75:170, 185:265].mean() > 3
 
 
 @pytest.mark.soak
