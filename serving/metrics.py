@@ -41,7 +41,7 @@ class Metrics:
         )
         self.seconds = Histogram(
             "mien_request_seconds",
-            "Seconds from admission to the answer",
+            "Seconds from admission to the answer, or to the end of a stream",
             ["operation", "transport"],
             buckets=_SECONDS,
             registry=r,

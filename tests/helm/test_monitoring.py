@@ -21,6 +21,7 @@ ALERTS = {
     "MienModelsDiffer",
 }  # fmt: skip
 POD = 'namespace="prod",service="demo-mien",pod="demo-mien-0"'
+STREAM = f'{POD},operation="anonymize",transport="grpc-stream"'
 OTHER = 'namespace="prod",service="demo-mien",pod="demo-mien-1"'
 
 
@@ -84,6 +85,14 @@ SCENES: dict[str, tuple[list[chart.Object], str, set[str]]] = {
         [entry for entry in healthy() if 'le="0.5"' not in entry["series"] and 'le="1"' not in entry["series"]],
         "30m",
         {"MienSlow"},
+    ),
+    "streams of many minutes": (
+        [
+            *healthy(),
+            series("mien_request_seconds_bucket", "0x60", f'{STREAM},le="10"'),
+            series("mien_request_seconds_bucket", "0+600x60", f'{STREAM},le="+Inf"'),
+        ],
+        "30m", set(),
     ),
     "a long queue": ([*without("mien_queue_depth"), series("mien_queue_depth", "12x60")], "30m", {"MienQueue"}),
     "a queue for a moment": (
