@@ -92,7 +92,7 @@ class Selection:
         """
         named = [*(self.faces or ()), *(self.exclude_faces or ())]
         if any(not 0 <= n < len(found) for n in named) or self.faces == []:
-            raise NoSuchFace(f"The picture has {len(found)} faces, numbered from 0 to {len(found) - 1}.")
+            raise NoSuchFace(f"Faces are numbered from 0, and the last one here is {len(found) - 1}.")
         wanted = set(self.faces or ()) if self.faces is not None or self.boxes is not None else set(range(len(found)))
         for place, box in enumerate(self.boxes or ()):
             fit, best = max((_fit(box, face.box), -n) for n, face in enumerate(found))

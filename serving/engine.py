@@ -676,7 +676,7 @@ def _choose(found: Geometry, operation: Edit, options: EditOptions) -> list[int]
 
     named = options.passwords or {}
     if any(n >= len(found.faces) for n in named):
-        raise NoSuchFace(f"The picture has {len(found.faces)} faces, numbered from 0 to {len(found.faces) - 1}.")
+        raise NoSuchFace(f"Faces are numbered from 0, and the last one here is {len(found.faces) - 1}.")
     chosen = Selection(options.faces, options.boxes, options.exclude_faces, options.exclude_boxes).choose(found.faces)
     if options.password is None and not set(chosen) <= set(named):
         if operation == "anonymize" or options.faces is not None or options.boxes is not None:
