@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -65,15 +66,23 @@ def check(service: Any, folder: Path, *, examples: int, seconds: float) -> str:
     return printed
 
 
+def cases(printed: str) -> int:
+    """How many requests were made up."""
+    found = re.search(r"(\d+) generated", printed)
+    assert found, printed[-3000:]
+    return int(found[1])
+
+
 def test_the_service_does_what_its_description_says(service: Any, tmp_path: Path) -> None:
     printed = check(service, tmp_path, examples=3, seconds=100)
     assert "Tested: 7" in printed, printed
+    assert cases(printed) > 100
     assert service.process.poll() is None
 
 
 @pytest.mark.soak
 def test_the_service_does_what_its_description_says_under_many_requests(service: Any, tmp_path: Path) -> None:
-    print(check(service, tmp_path, examples=200, seconds=1500)[-3000:])
+    print(json.dumps({"cases": cases(check(service, tmp_path, examples=200, seconds=1500))}))
 
 
 def test_the_examples_of_the_description_work(service: Any) -> None:
