@@ -6,7 +6,8 @@
 - *anonymize*: both, as ``mien anonymize`` does them,
 - *one at a time*: the second pass with the network given one crop at a time instead of a batch over frames.
 
-Frames a second of one machine do not travel; the ratios to *copy* do, somewhat. A clip is made of one face that moves.
+As many threads work in each as fill the cores; FFmpeg's own do in *copy*. Frames a second of one machine do not travel;
+the ratios to *copy* do, somewhat. A clip is made of one face that moves.
 """
 
 from __future__ import annotations
@@ -49,8 +50,11 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
     import mien
     from mien.video import clips, synthetic
+    from mien.video.stages import usual_workers
     from mien.video.tracking import TrackerConfig
 
+    # As the command does: a core for each of several frames.
+    torch.set_num_threads(1)
     model = mien.load(str(options.model))
     picture = data.astronaut()
     (face,) = model.detector.detect(picture)
@@ -101,7 +105,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         print(f"... round {round_ + 1} of {options.rounds}", file=sys.stderr, flush=True)  # noqa: T201
     rates = {name: statistics.median(values) for name, values in taken.items()}
     return {
-        "machine": {"cpu": _cpu(), "threads": torch.get_num_threads()},
+        "machine": {"cpu": _cpu(), "threads": usual_workers()},
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "model": {"digest": model.digest, "architecture": model.config.architecture.name},
         "clip": {"frames": options.frames, "width": width, "height": height, "faces": 1},
