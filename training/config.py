@@ -35,7 +35,9 @@ class DataConfig(Config):
 
     shards: str = Field(description="folder or s3:// prefix with manifest.json and its shards")
     flip: bool = Field(True, description="mirror half of the training crops")
-    limit: PositiveInt | None = Field(None, description="use only the first so many training samples (dry runs)")
+    limit: PositiveInt | None = Field(
+        None, description="use only the first so many samples, of training and of validation each (dry runs)"
+    )
 
 
 class RecogniserConfig(Config):

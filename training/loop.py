@@ -111,7 +111,7 @@ def _train(
     checkpoints = Checkpoints(place, keep=config.keep_checkpoints)
     world.on_first(lambda: _prepare(config, folder, place, allow_change))
     shards = _faces(config, "train", config.data.limit)
-    validation = Validation(_faces(config, "val", 256), config, world)
+    validation = Validation(_faces(config, "val", min(256, config.data.limit or 256)), config, world)
     trainer = Trainer(config, identities=shards.identities, device=device, world=world)
     logger.info(
         "%s: %d training crops of %d identities; T has %.2f M parameters; %d processes on %s, %s",

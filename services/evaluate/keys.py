@@ -154,6 +154,7 @@ KEYS: Final[dict[str, tuple[Key, ...]]] = {
         Key("ablations.<ablation>.<pair>.cosine", "mean cosine", "interval"),
         Key("ablations.<ablation>.l1", "L1 of R against I", "interval"),
         Key("ablations.<ablation>.images-seen", "length of its training"),
+        Key("ablations.<ablation>.crop", "pixels a side that it was trained on and is judged at"),
     ),
     "video": (
         Key("video.frames", "frames of the clips"),

@@ -618,11 +618,12 @@ def _ablations(flat: Flat) -> Section:
     trained = [name for name in ablations.NAMES if f"ablations.{name}.l1" in flat]
     pairs = ("I-A", "I-R", "I-WR", "A1-A2", "WR1-WR2")
     if trained:
-        table = Table(["trained", "images seen", *(f"{p} passes" for p in pairs), "cos(I, A)", "L1 of R"])
+        table = Table(["trained", "crop", "images seen", *(f"{p} passes" for p in pairs), "cos(I, A)", "L1 of R"])
         for name in trained:
             key = f"ablations.{name}"
             table.add(
                 _ABLATIONS[name],
+                f"{flat[f'{key}.crop']:.0f} px",
                 f"{flat[f'{key}.images-seen']:,.0f}",
                 *(percent(flat, f"{key}.{p}.same") for p in pairs),
                 number(flat, f"{key}.I-A.cosine", 2),

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from mien.recognisers import Recogniser
 from services.evaluate.chain import Chain, Subject
@@ -38,7 +39,7 @@ class Projection(Recogniser):
 
     def embed(self, aligned: Tensor) -> Tensor:
         assert isinstance(self.matrix, Tensor)
-        return aligned.flatten(1) @ self.matrix
+        return adaptive_avg_pool2d(aligned, SIZE).flatten(1) @ self.matrix
 
 
 def two_photos_each(people: int = PEOPLE) -> Faces:

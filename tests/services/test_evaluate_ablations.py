@@ -15,6 +15,7 @@ import mien
 from mien.recognisers import MobileFaceNet
 from services.evaluate import keys, report
 from services.evaluate.cli import app
+from services.evaluate.faces import Faces
 from services.evaluate.parts import ablations as part
 from services.evaluate.training_runs import CONFIGS
 from tests.services.small_shards import small_shards
@@ -109,6 +110,21 @@ def test_the_command_trains_them_and_the_part_judges_those_that_are_there(
     assert result.figures["ablations.eight-bits.l1"] > 0
     assert set(result.skipped) == {f"ablations.{name}" for name in part.NAMES if name != "eight-bits"}
     assert all("train-ablations" in why for why in result.skipped.values())
+    assert result.figures["ablations.eight-bits.crop"] == SIZE
+
+    # Faces of the model that the report is about are larger: they are made as small, here into just those of before.
+    faces = two_photos_each()
+    for times, size in ((2, 2 * SIZE), (2, SIZE + 8)):
+        images = faces.images.repeat(times, axis=1).repeat(times, axis=2)[:, :size, :size]
+        larger = context_of(
+            lambda images, codes: images, Faces(images, faces.identities, faces.sources), ablation_faces=8
+        )
+        larger.ablations = tmp_path
+        again = part.run(larger)
+        if size == 2 * SIZE:
+            assert again.figures == result.figures
+        else:
+            assert "does not divide" in again.skipped["ablations.eight-bits"] and again.figures == {}
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "config.json").write_text("{}")
     assert "config.json" in part.run(context).skipped["ablations.full"], "a broken model is a row with its reason"
