@@ -55,7 +55,8 @@ shards: env ## crops and shards in shards/ from the pictures in MIEN_SHARED; nob
 		--exclude-like shards/lfw --judge-weights $(MIEN_SHARED)/weights --out shards/faces
 
 model: shards ## shards -> the model that ships, models/mien-128 (other networks: python -m training --config ...)
-	$(BIN)/python -m training.eigenface --shards shards/faces --out models/mien-128 --card models/mien-128/README.md
+	$(BIN)/python -m training.eigenface --shards shards/faces --weights $(MIEN_SHARED)/weights/mobilefacenet_casia.safetensors \
+		--out models/mien-128 --card models/mien-128/README.md
 
 proto: env ## the gRPC messages and stubs in mien/v1 from serving/proto
 	$(BIN)/python -m grpc_tools.protoc -I serving/proto --python_out=. --pyi_out=. --grpc_python_out=. mien/v1/face_identity.proto

@@ -1,9 +1,9 @@
-"""``python -m training.eigenface --shards S --out models/NAME``: fit the eigenface transformer, shards to model folder.
+"""``python -m training.eigenface --config C --out models/NAME``: fit the eigenface transformer, shards to model folder.
 
 No loss of the paper is in it: eigenfaces are a decomposition, the context is a regression, and what the regression
-leaves over is whitened (see :mod:`mien.networks.eigenface`). So there is no recogniser that the model could have
-learned to deceive, and every recogniser may judge it. ``python -m training`` goes on from it with the paper's objective
-where ``start`` names the folder.
+leaves over is whitened (see :mod:`mien.networks.eigenface`). Where a recogniser is given, likenesses are chosen and
+moved until it tells them apart (:mod:`training.likenesses`); all others may judge the model. ``python -m training``
+goes on from it with the paper's objective where ``start`` names the folder.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ from typing import Final
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from mien import store
+from mien import recognisers, store
 from mien.errors import MienError
 from mien.networks import eigenface
 from mien.networks.eigenface import EigenfaceConfig, EigenfaceTransformer, Side
 from training import config as run_config
+from training import likenesses
 from training.data import FaceShards
 from training.export import git_commit
+from training.pose import Pose
 from training.samples import from_uint8
 
 logger = logging.getLogger(__name__)
@@ -37,14 +39,14 @@ logger = logging.getLogger(__name__)
 # Eigenfaces of luma, symmetric and antisymmetric, that the axes of the face are found among.
 EIGENFACES: Final = (640, 450)
 
-# A likeness is the mean of two faces, the second one of so many that are nearest to the first: a blend of what is alike
-# has no double edges. It is drawn out by so much, as a mean is plainer than a face and alike to other means.
-_NEAREST: Final = 6
-_STRENGTH: Final = 1.55
-# Donors are seen and lit from the front (the share of training faces whose leading coordinates are smallest) and no
-# outliers (glasses, hands, paint), of at most so many times the median energy.
-_FRONTAL: Final = 0.35
-_PLAIN: Final = 1.1
+# Steps in which likenesses are moved apart.
+APART: Final = 240
+
+# Of the regression of landmarks, against the mean square of a coordinate.
+_RIDGE: Final = 0.02
+
+# What likenesses are drawn out by: the strongest that do not look painted.
+_STRENGTH: Final = 1.3
 
 # Coordinates of more than the deviation of the so-manieth get all the room they ask for; others by the square root.
 _FULL_SHARE: Final = 200
@@ -57,11 +59,13 @@ class Faces:
     Attributes:
         luma, colour: symmetric and antisymmetric halves, less the mean, float ``[M, P]`` and ``[M, Q]``.
         around: context pictures, half precision ``[M, 4, 64, 64]``.
+        landmarks: symmetric and antisymmetric part of where they are, float ``[M, 10]``.
     """
 
     luma: tuple[Tensor, Tensor]
     colour: tuple[Tensor, Tensor]
     around: Tensor
+    landmarks: tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ class Basis:
 
 def fit(
     network: EigenfaceTransformer, train: FaceShards, val: FaceShards, *, steps: int, batch: int, seed: int,
-    device: torch.device, eigenfaces: tuple[int, int] = EIGENFACES,
+    device: torch.device, eigenfaces: tuple[int, int] = EIGENFACES, recogniser: nn.Module | None = None,
+    apart: int = APART,
 ) -> dict[str, float]:  # fmt: skip
     """Fit every part of ``network`` in place.
 
@@ -86,6 +91,8 @@ def fit(
         batch: faces a step.
         seed: of the regression and the choice of likenesses; same seed, data and machine give the same network.
         eigenfaces: of luma, symmetric and antisymmetric, that the face's axes are found among.
+        recogniser: what shall tell likenesses apart (:func:`training.likenesses.settle`); on ``device``.
+        apart: steps of moving them apart.
 
     Returns:
         ``explained``: the share of the coordinates' variance that the context predicts; ``energy``: mean square of z
@@ -115,7 +122,10 @@ def fit(
         for side, colour in zip(network._sides(), faces.colour, strict=True):
             _settle_grain(side, colour, config.grain_deviation)
         z = _latent(network, faces, device)[0]
-        _settle_likenesses(network, z, leading / network.leading_scale, seed)
+        likenesses.settle(
+            network, train, z, leading / network.leading_scale, strength=_STRENGTH, seed=seed, recogniser=recogniser,
+            steps=apart,
+        )  # fmt: skip
         z_val, g_val, mean, face = _latent(network, held_out, device)
         centred = face - face.mean(dim=0)
         return {
@@ -133,44 +143,73 @@ def _batches(shards: FaceShards, device: torch.device, size: int = 256) -> Itera
 
 
 def _means(network: EigenfaceTransformer, shards: FaceShards, device: torch.device) -> None:
-    luma, colour = torch.zeros_like(network.mean), torch.zeros_like(network.mean_colour)
+    total = torch.zeros_like(network.mean)
     for stretched in _batches(shards, device):
-        luma += eigenface.luma_of(stretched).sum(dim=0)
-        colour += eigenface.colour_of(stretched).sum(dim=0)
-    network.mean.copy_((luma + luma.flip(2)) / (2 * len(shards)))
-    network.mean_colour.copy_((colour + colour.flip(2)) / (2 * len(shards)))
+        total += F.avg_pool2d(eigenface.planes_of(stretched), 2).sum(dim=0)
+    network.mean.copy_((total + total.flip(2)) / (2 * len(shards)))
 
 
 def _faces(shards: FaceShards, network: EigenfaceTransformer, device: torch.device) -> Faces:
     luma: tuple[list[Tensor], list[Tensor]] = ([], [])
     colour: tuple[list[Tensor], list[Tensor]] = ([], [])
     around = []
+    found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    pose = Pose().to(device) if any(network.config.landmarks) else None
     for stretched in _batches(shards, device):
-        parts = eigenface.halves(eigenface.luma_of(stretched) - network.mean, network.pixels)
-        colours = eigenface.halves(eigenface.colour_of(stretched) - network.mean_colour, network.colour_pixels)
-        for side in range(2):
-            luma[side].append(parts[side].cpu())
-            colour[side].append(colours[side].cpu())
+        low = F.avg_pool2d(eigenface.planes_of(stretched), 2) - network.mean
+        for side, (y, c) in enumerate(network._halves(low)):
+            luma[side].append(y.cpu())
+            colour[side].append(c.cpu())
         around.append(network.surroundings(stretched).half().cpu())
-    return Faces(
-        (torch.cat(luma[0]), torch.cat(luma[1])), (torch.cat(colour[0]), torch.cat(colour[1])), torch.cat(around)
-    )
+        for side, part in enumerate(_landmarks(pose, stretched)):
+            found[side].append(part.cpu())
+    two = [(torch.cat(rows[0]), torch.cat(rows[1])) for rows in (luma, colour, found)]
+    return Faces(two[0], two[1], torch.cat(around), two[2])
+
+
+# A mirrored face has its left eye where the right one was.
+_MIRRORED: Final = (1, 0, 2, 4, 3)
+
+
+def _landmarks(pose: Pose | None, stretched: Tensor) -> tuple[Tensor, Tensor]:
+    """The symmetric and the antisymmetric part of landmarks in sides of MTCNN's box, float ``[B, 10]`` each."""
+    if pose is None:
+        return stretched.new_zeros(len(stretched), 10), stretched.new_zeros(len(stretched), 10)
+    images = torch.tanh(stretched) / 0.9
+    x, y = pose(images, torch.full((len(images), 3), 0.5))[1].split(5, dim=1)
+    there, mirrored = torch.cat([x, y], dim=1), torch.cat([1 - x[:, _MIRRORED], y[:, _MIRRORED]], dim=1)
+    return (there + mirrored) / 2, (there - mirrored) / 2
 
 
 def _eigenfaces(network: EigenfaceTransformer, faces: Faces, side: int, count: int) -> Basis:
     """The principal axes of luma and of colour, of pictures that fade out at the face's outline."""
-    config, size = network.config, network.mean.shape[-1]
-    masks = []
-    for mask, pixels in (
-        (eigenface.face_mask(size), network.pixels),
-        (eigenface.colour_mask(size), network.colour_pixels),
-    ):
-        masks.append(mask[:, : mask.shape[1] // 2].reshape(-1)[pixels.cpu()])
+    config = network.config
+    mask = eigenface.coarse_mask(2 * network.mean.shape[-1])
+    faded = mask[:, : mask.shape[1] // 2].reshape(-1)[network.pixels.cpu()]
     colours = config.leading_colour[side] + config.colour[side]
-    return Basis(
-        _principal(faces.luma[side] * masks[0], config.leading_luma[side] + count),
-        _principal(faces.colour[side] * masks[1].repeat(2), colours),
-    )
+    luma = _principal(faces.luma[side] * faded, config.leading[side] + count)
+    read = config.landmarks[side]
+    if read:
+        first = config.leading_luma[side]
+        luma = luma @ _turned_to(faces.luma[side] @ luma, faces.landmarks[side], first, read)
+    return Basis(luma, _principal(faces.colour[side] * faded.repeat(2), colours))
+
+
+def _turned_to(coordinates: Tensor, landmarks: Tensor, first: int, count: int) -> Tensor:
+    """A rotation of coordinates that leaves the ``first`` alone and makes the next ``count`` those that tell landmarks.
+
+    Reduced-rank ridge regression (Izenman 1975) of landmarks float ``[M, L]`` on coordinates float ``[M, K]``.
+    """
+    target = (landmarks - landmarks.mean(dim=0)).double()
+    given = coordinates.double()
+    ridge = _RIDGE * given.square().mean() * torch.eye(given.shape[1], dtype=torch.float64)
+    weights = torch.linalg.solve(given.T @ given / len(given) + ridge, given.T @ target / len(given))
+    weights[:first] = 0
+    _, _, told = torch.linalg.svd(given @ weights, full_matrices=False)
+    kept = torch.eye(len(weights), dtype=torch.float64)[:, :first]
+    out = torch.linalg.qr(torch.cat([kept, weights @ told[:count].T], dim=1), mode="complete")[0]
+    out[:, :first] = kept
+    return out.float()
 
 
 def _principal(data: Tensor, count: int) -> Tensor:
@@ -187,7 +226,7 @@ def _coordinates(
     leading, rest = [], []
     for side, basis in enumerate(bases):
         luma, colour = faces.luma[side] @ basis.luma, faces.colour[side] @ basis.colour
-        a, b = config.leading_luma[side], config.leading_colour[side]
+        a, b = config.leading[side], config.leading_colour[side]
         leading += [luma[:, :a], colour[:, :b]]
         rest += [luma[:, a:], colour[:, b:]]
     return torch.cat(leading, dim=1).to(device), torch.cat(rest, dim=1).to(device)
@@ -204,7 +243,7 @@ class _Regression:
         self.context.to(device)
         config = network.config
         # A mirrored face has the same symmetric coordinates and the opposite antisymmetric ones.
-        leading = [a + b for a, b in zip(config.leading_luma, config.leading_colour, strict=True)]
+        leading = [a + b for a, b in zip(config.leading, config.leading_colour, strict=True)]
         rest = [b.luma.shape[1] + b.colour.shape[1] - n for b, n in zip(bases, leading, strict=True)]
         self.mirror = [torch.cat([torch.ones(a), -torch.ones(b)]).to(device) for a, b in (leading, rest)]
 
@@ -263,7 +302,7 @@ def _whiten(network: EigenfaceTransformer, bases: Sequence[Basis], rest: Tensor)
     config, device = network.config, rest.device
     blocks, deviations, start = [], [], 0
     for number, (side, basis) in enumerate(zip(network._sides(), bases, strict=True)):
-        lead, lead_colour = config.leading_luma[number], config.leading_colour[number]
+        lead, lead_colour = config.leading[number], config.leading_colour[number]
         luma = basis.luma.shape[1] - lead
         count = luma + basis.colour.shape[1] - lead_colour
         weight = torch.ones(count, device=device)
@@ -312,7 +351,7 @@ def _pivots(basis: Tensor) -> Tensor:
 
 
 def _latent(network: EigenfaceTransformer, faces: Faces, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """z, g, and the predicted and the real coordinates of every face, on the CPU."""
+    """z and g of eigenfaces and grain (details aside), and the predicted and the real coordinates, on the CPU."""
     out: list[list[Tensor]] = [[], [], [], []]
     for start in range(0, len(faces.around), 512):
         part = slice(start, start + 512)
@@ -322,44 +361,46 @@ def _latent(network: EigenfaceTransformer, faces: Faces, device: torch.device) -
         ]
         leading, face, grain = (torch.cat(parts, dim=1) for parts in zip(*sides, strict=True))
         mean = network.context(faces.around[part].to(device).float(), leading / network.leading_scale)
-        z, g = network.unfold(face - mean, grain)
+        none = face.new_empty(len(face), 0)
+        z, g = network.unfold(eigenface.Parts(leading, face, grain, none, none), mean)
         for rows, values in zip(out, (z, g, mean, face), strict=True):
             rows.append(values.cpu())
     z, g, mean, face = (torch.cat(rows) for rows in out)
-    return z, g, mean, face
+    in_order = torch.empty_like(z)
+    in_order[:, network.order.cpu()] = z
+    return in_order, g, mean, face
 
 
-def _settle_likenesses(network: EigenfaceTransformer, z: Tensor, leading: Tensor, seed: int) -> None:
-    """Blends of two faces that are alike, out of those seen from the front and without anything unusual."""
-    leading = leading.cpu().square().mean(dim=1)
-    energy = (z / network.share.cpu()).square().mean(dim=1)
-    plain = (energy < _PLAIN * energy.median()) & (leading <= leading.quantile(_FRONTAL))
-    donors = z[plain] if int(plain.sum()) > _NEAREST else z
-    generator = torch.Generator().manual_seed(seed)
-    faces = network.likenesses.faces
-    one = torch.randint(len(donors), (len(faces),), generator=generator)
-    # As far apart as their pictures are.
-    pictures = donors * (network.deviation / network.share).cpu()
-    apart = torch.cdist(pictures[one], pictures)
-    apart[torch.arange(len(one)), one] = math.inf
-    near = apart.topk(min(_NEAREST, len(donors) - 1), largest=False).indices
-    two = near[torch.arange(len(one)), torch.randint(near.shape[1], (len(one),), generator=generator)]
-    faces.copy_(_STRENGTH * (donors[one] + donors[two]) / 2)
-    logger.info("likenesses: %d, blends of two of %d faces", len(faces), len(donors))
+@dataclass(frozen=True)
+class _Asked:
+    """What the command line and the run config ask for."""
 
+    architecture: EigenfaceConfig
+    bits: int
+    shards: str
+    recogniser: str
+    weights: str | None
 
-def _asked(arguments: argparse.Namespace) -> tuple[EigenfaceConfig, int, str]:
-    """Options, N and the shards that the command line and the run config ask for; ValueError where they do not."""
-    config, bits, shards = EigenfaceConfig(), 64, None
-    if arguments.config:
-        run = run_config.load(arguments.config)
-        if not isinstance(run.architecture, EigenfaceConfig):
-            raise ValueError(f"{arguments.config} is a run of {run.architecture.name}, which nothing is fitted for")
-        config, bits, shards = run.architecture, run.bits, run.data.shards
-    shards = arguments.shards or shards
-    if shards is None:
-        raise ValueError("give --shards, or a --config that names them")
-    return config, arguments.bits or bits, shards
+    @staticmethod
+    def of(arguments: argparse.Namespace) -> _Asked:
+        """ValueError where they do not say enough."""
+        architecture, bits, shards, recogniser, weights = EigenfaceConfig(), 64, None, "mobilefacenet-casia", None
+        if arguments.config:
+            run = run_config.load(arguments.config)
+            if not isinstance(run.architecture, EigenfaceConfig):
+                raise ValueError(f"{arguments.config} is a run of {run.architecture.name}, which nothing is fitted for")
+            architecture, bits, shards = run.architecture, run.bits, run.data.shards
+            recogniser, weights = run.recogniser.name, run.recogniser.weights
+        shards = arguments.shards or shards
+        if shards is None:
+            raise ValueError("give --shards, or a --config that names them")
+        return _Asked(
+            architecture,
+            arguments.bits or bits,
+            shards,
+            arguments.recogniser or recogniser,
+            arguments.weights or weights,
+        )
 
 
 def main() -> int:
@@ -369,6 +410,8 @@ def main() -> int:
     parser.add_argument("--shards", help="folder with manifest.json and its shards; the config's by default")
     parser.add_argument("--out", required=True, type=Path, help="model folder that is written")
     parser.add_argument("--bits", type=int, help="N, the length of a code; a multiple of 4; the config's, or 64")
+    parser.add_argument("--recogniser", help="what tells likenesses apart; the config's, or mobilefacenet-casia")
+    parser.add_argument("--weights", help="its weights; the config's; without any, likenesses are left as they fall")
     parser.add_argument("--steps", type=int, default=500, help="of the context's regression")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--limit", type=int, help="use only the first so many training samples (dry runs)")
@@ -380,29 +423,31 @@ def main() -> int:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     try:
-        config, bits, shards = _asked(arguments)
+        asked = _Asked.of(arguments)
     except ValueError as error:
         sys.stderr.write(f"training.eigenface: {error}\n")
         return 1
     if arguments.dry_run:
-        sys.stdout.write(f"would fit {config!r} to {shards}, writing {arguments.out}\n")
+        sys.stdout.write(f"would fit {asked.architecture!r} to {asked.shards}, writing {arguments.out}\n")
         return 0
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     try:
-        train = FaceShards(shards, "train", limit=arguments.limit)
-        val = FaceShards(shards, "val")
+        train = FaceShards(asked.shards, "train", limit=arguments.limit)
+        val = FaceShards(asked.shards, "val")
+        recogniser = recognisers.load(asked.recogniser, asked.weights) if asked.weights else None
     except MienError as error:
         sys.stderr.write(f"training.eigenface: {error}\n")
         return 1
-    network = EigenfaceTransformer(config, bits=bits, size=train.crop_size)
+    device = torch.device(arguments.device)
+    network = EigenfaceTransformer(asked.architecture, bits=asked.bits, size=train.crop_size)
     figures = fit(
-        network, train, val, steps=arguments.steps, batch=arguments.batch, seed=arguments.seed,
-        device=torch.device(arguments.device),
+        network, train, val, steps=arguments.steps, batch=arguments.batch, seed=arguments.seed, device=device,
+        recogniser=recogniser.to(device).eval() if recogniser else None,
     )  # fmt: skip
     model = store.ModelConfig(
-        architecture=config,
-        bits=bits,
+        architecture=asked.architecture,
+        bits=asked.bits,
         crop_size=train.crop_size,
         training_commit=git_commit(),
         data_digest=train.digest,

@@ -30,7 +30,7 @@ from PIL import Image
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 import storage
-from mien import store
+from mien import recognisers, store
 from mien.errors import MienError
 from mien.networks.eigenface import EigenfaceConfig, EigenfaceTransformer
 from training import config as run_config
@@ -59,6 +59,14 @@ class FitData(Config):
     limit: PositiveInt | None = Field(None, description="use only the first so many training samples (dry runs)")
 
 
+class FitRecogniser(Config):
+    """What shall tell likenesses apart (:mod:`training.likenesses`): no judge of the model any more."""
+
+    name: Literal["sphereface20", "mobilefacenet-casia", "inception-resnet-v1"] = "mobilefacenet-casia"
+    weights: str = Field(description="safetensors file")
+    steps: PositiveInt = Field(eigenface.APART, description="of moving likenesses apart")
+
+
 class FitConfig(Config):
     """A whole fit."""
 
@@ -71,6 +79,7 @@ class FitConfig(Config):
         eigenface.EIGENFACES, description="of luma, symmetric and antisymmetric, that the face's axes are found among"
     )
     data: FitData
+    recogniser: FitRecogniser | None = Field(None, description="None leaves likenesses as they fall")
     steps: PositiveInt = Field(500, description="of the context's regression")
     batch: PositiveInt = Field(64, description="faces a step")
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -139,11 +148,15 @@ def run(config: FitConfig) -> Fitted:
     train, val = _faces(config, "train"), _faces(config, "val")
     store.write_atomically(folder / "config.json", (config.model_dump_json(indent=2) + "\n").encode())
     tracker = _tracker(config, folder, train, device) if config.mlflow else None
+    recogniser = None
+    if config.recogniser:
+        recogniser = recognisers.load(config.recogniser.name, config.recogniser.weights).to(device).eval()
     began = time.perf_counter()
     network = EigenfaceTransformer(config.architecture, bits=config.bits, size=train.crop_size)
     figures = eigenface.fit(
         network, train, val, steps=config.steps, batch=config.batch, seed=config.seed, device=device,
-        eigenfaces=config.eigenfaces,
+        eigenfaces=config.eigenfaces, recogniser=recogniser,
+        apart=config.recogniser.steps if config.recogniser else eigenface.APART,
     )  # fmt: skip
     network.cpu().eval()
     seconds = time.perf_counter() - began
@@ -253,9 +266,12 @@ def _version(uri: str, tracker: MLflow, folder: Path, digest: str) -> str:
 
 def _card(config: FitConfig, samples: int, digest: str, figures: dict[str, float]) -> str:
     rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in figures.items())
+    against = "no recogniser had a part in it"
+    if config.recogniser:
+        against = f"`{config.recogniser.name}` told its likenesses apart, and is no judge of it"
     return f"""# {config.name}
 
-An eigenface transformer, fitted by `training.fit`: no recogniser and no loss of the paper had a part in it.
+An eigenface transformer, fitted by `training.fit`; {against}.
 
 - Code: {config.bits} bits
 - Data: {samples:,} crops of shards whose manifest has sha256 `{digest}`; the data's terms bind this model

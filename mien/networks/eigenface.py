@@ -30,14 +30,13 @@ Without a painter no recogniser is in it anywhere: nothing was trained to deceiv
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
-from mien.networks import painter as painting
 from mien.networks.painter import Painter, PainterConfig
 
 # Luma of ITU-R BT.601, of the stretched channels.
@@ -66,33 +65,50 @@ class EigenfaceConfig(BaseModel):
     """Eigenfaces of luma that are context: light and pose."""
     leading_colour: Pair = (3, 1)
     """Eigenfaces of colour that are context: complexion and coloured light."""
+    landmarks: tuple[NonNegativeInt, NonNegativeInt] = (2, 2)
+    """Directions of luma that landmarks are read from best, which are context too: the pose once more."""
     turned: Pair = (620, 420)
     """Coordinates of the face, z."""
     colour: Pair = (150, 90)
     """Eigenfaces of colour that z is made of, besides those of luma."""
+    robust: Pair = (260, 190)
+    """How many of these, the strongest, are exchanged with the grain; the others with the fine colour."""
     grain: Pair = (1350, 1400)
     """Coordinates of the grain, g."""
-    grain_deviation: PositiveFloat = 16 / 127.5
+    grain_deviation: PositiveFloat = 13 / 127.5
     """Of a grain coordinate, on the stretched scale: what the face is hidden under; how strong the hidden face is."""
-    likenesses: int = Field(512, ge=2)
+    fine_edge: PositiveFloat = 0.5
+    """Mask above which the finest luma is exchanged with the finest colour."""
+    fine_deviation: PositiveFloat = 8 / 127.5
+    """Of a coordinate of either."""
+    likenesses: int = Field(256, ge=2)
     """Faces s that codes choose from; a power of two."""
-    colour_weight: PositiveFloat = 3.0
+    colour_weight: PositiveFloat = 1.5
     """Of colour against luma when eigenfaces of both are put in one order."""
     rounds: tuple[PositiveInt, PositiveInt] = (10, 12)
     """Layers of plane rotations in O_p, of z and of g; a coordinate meets 2^rounds others."""
+    fine_rounds: PositiveInt = 8
+    """The same of what is exchanged with the fine colour."""
     tails: tuple[PositiveFloat, PositiveFloat] = (0.5, 1.0)
-    """How strongly the tails of z and g are drawn in: asinh(tail e) / tail."""
+    """How strongly the tails of eigenfaces, and of all other coordinates, are drawn in: asinh(tail e) / tail."""
     widths: tuple[PositiveInt, ...] = (32, 64, 96, 128)
     features: PositiveInt = 320
     painter: PainterConfig | None = None
     """Fits likenesses into the picture; None shows them as they are."""
 
+    @property
+    def leading(self) -> tuple[int, int]:
+        """How many coordinates of luma are context."""
+        return self.leading_luma[0] + self.landmarks[0], self.leading_luma[1] + self.landmarks[1]
+
     @model_validator(mode="after")
     def _fits(self) -> EigenfaceConfig:
         if self.likenesses & (self.likenesses - 1):
             raise ValueError(f"likenesses must be a power of two, not {self.likenesses}")
-        if sum(self.turned) > sum(self.grain):
-            raise ValueError(f"a grain of {sum(self.grain)} numbers cannot hold a face of {sum(self.turned)}")
+        if any(a > b for a, b in zip(self.robust, self.turned, strict=True)):
+            raise ValueError(f"of {self.turned} coordinates of the face not {self.robust} can be robust")
+        if sum(self.robust) > sum(self.grain):
+            raise ValueError(f"a grain of {sum(self.grain)} numbers cannot hold a face of {sum(self.robust)}")
         return self
 
 
@@ -105,8 +121,8 @@ def face_mask(size: int) -> Tensor:
     return (ramp * ramp * (3 - 2 * ramp)).float()
 
 
-def colour_mask(size: int) -> Tensor:
-    """:func:`face_mask` at the resolution of colour, float ``[S / 2, S / 2]``."""
+def coarse_mask(size: int) -> Tensor:
+    """:func:`face_mask` of the 2x2 blocks, float ``[S / 2, S / 2]``."""
     return F.avg_pool2d(face_mask(size)[None, None], 2)[0, 0]
 
 
@@ -120,14 +136,43 @@ def stretch(images: Tensor) -> Tensor:
     return torch.atanh((_SQUEEZE * images).clamp(-_LIMIT, _LIMIT))
 
 
-def luma_of(stretched: Tensor) -> Tensor:
-    """float ``[B, 3, S, S]`` to ``[B, 1, S, S]``."""
-    return torch.einsum("bchw,c->bhw", stretched, stretched.new_tensor(_LUMA))[:, None]
+def planes_of(stretched: Tensor) -> Tensor:
+    """Luma, red less luma and blue less luma, float ``[B, 3, S, S]``."""
+    luma = torch.einsum("bchw,c->bhw", stretched, stretched.new_tensor(_LUMA))[:, None]
+    return torch.cat([luma, stretched[:, [0, 2]] - luma], dim=1)
 
 
-def colour_of(stretched: Tensor) -> Tensor:
-    """Red and blue less luma at half the resolution, float ``[B, 3, S, S]`` to ``[B, 2, S / 2, S / 2]``."""
-    return F.avg_pool2d(stretched[:, [0, 2]] - luma_of(stretched), 2)
+def stretched_of(planes: Tensor) -> Tensor:
+    """The inverse of :func:`planes_of`; colour changes no luma, for green makes up for it."""
+    luma, red, blue = planes[:, :1], planes[:, 1:2], planes[:, 2:]
+    green = -(_LUMA[0] * red + _LUMA[2] * blue) / _LUMA[1]
+    out: Tensor = luma + torch.cat([red, green, blue], dim=1)
+    return out
+
+
+# Haar's transform of a 2x2 block: rows are its mean, and what differs across, down and crosswise.
+_HAAR: Final = ((0.25, 0.25, 0.25, 0.25), (0.5, -0.5, 0.5, -0.5), (0.5, 0.5, -0.5, -0.5), (0.5, -0.5, -0.5, 0.5))
+_UNHAAR: Final = ((1, 0.5, 0.5, 0.5), (1, -0.5, 0.5, -0.5), (1, 0.5, -0.5, -0.5), (1, -0.5, -0.5, 0.5))
+
+
+def analyse_blocks(planes: Tensor) -> Tensor:
+    """Means (first) and details of the 2x2 blocks of float ``[B, 3, S, S]``: float ``[B, 3, 4, S / 2, S / 2]``."""
+    blocks = F.pixel_unshuffle(planes, 2)
+    blocks = blocks.view(len(blocks), 3, 4, *blocks.shape[2:])
+    return torch.einsum("kj,bcjhw->bckhw", blocks.new_tensor(_HAAR), blocks)
+
+
+def synthesise_blocks(blocks: Tensor) -> Tensor:
+    """The inverse of :func:`analyse_blocks`."""
+    return F.pixel_shuffle(torch.einsum("jk,bckhw->bcjhw", blocks.new_tensor(_UNHAAR), blocks).flatten(1, 2), 2)
+
+
+def foretold(low: Tensor) -> Tensor:
+    """The details that means ``[B, 3, S / 2, S / 2]`` lead one to expect, by bicubic interpolation; linear.
+
+    float ``[B, 3, 3, S / 2, S / 2]``.
+    """
+    return analyse_blocks(F.interpolate(low, scale_factor=2, mode="bicubic", align_corners=False))[:, :, 1:]
 
 
 def halves(picture: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,7 +265,7 @@ class Side(nn.Module):
     """U and its inverse for the symmetric or the antisymmetric half.
 
     Args:
-        luma, colour: pixels of a half, colour counted twice for its two channels.
+        luma: pixels of a half.
         side: 0 symmetric, 1 antisymmetric.
     """
 
@@ -232,9 +277,10 @@ class Side(nn.Module):
     quiet: Tensor
     complement: Tensor
 
-    def __init__(self, config: EigenfaceConfig, side: int, luma: int, colour: int) -> None:
+    def __init__(self, config: EigenfaceConfig, side: int, luma: int) -> None:
         super().__init__()
-        lead, lead_colour = config.leading_luma[side], config.leading_colour[side]
+        colour = 2 * luma
+        lead, lead_colour = config.leading[side], config.leading_colour[side]
         turned, colours, grain = config.turned[side], config.colour[side], config.grain[side]
         if lead + turned > luma or lead_colour + colours + grain > colour:
             raise ValueError(f"a half of {luma} pixels and {colour} of colour has not as many coordinates")
@@ -305,7 +351,7 @@ class Context(nn.Module):
     def __init__(self, config: EigenfaceConfig) -> None:
         super().__init__()
         widths, out = (4, *config.widths), sum(config.turned)
-        leading = sum(config.leading_luma) + sum(config.leading_colour)
+        leading = sum(config.leading) + sum(config.leading_colour)
         layers: list[nn.Module] = []
         for a, b in pairwise(widths):
             layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), nn.GroupNorm(8, b), nn.SiLU()]
@@ -322,46 +368,68 @@ class Context(nn.Module):
         return out
 
 
+class Parts(NamedTuple):
+    """What :meth:`EigenfaceTransformer.analyse` finds in pictures."""
+
+    leading: Tensor
+    """Leading eigenfaces, which never change, float ``[B, .]``."""
+    face: Tensor
+    """Coordinates of the other eigenfaces, float ``[B, K]``."""
+    grain: Tensor
+    """Coordinates of the grain, float ``[B, .]``."""
+    fine: Tensor
+    """Details of luma in the inner blocks beyond what is foretold, float ``[B, F]``."""
+    fine_colour: Tensor
+    """Of the two colours, float ``[B, 2 F]``."""
+
+
 class EigenfaceTransformer(nn.Module):
     """See the module's docstring; called as :mod:`mien.networks` says. A fresh one has random eigenfaces."""
 
     mean: Tensor
-    mean_colour: Tensor
     leading_scale: Tensor
     deviation: Tensor
     share: Tensor
     pixels: Tensor
-    colour_pixels: Tensor
-    around_luma: Tensor
-    around_colour: Tensor
+    blocks: Tensor
+    inner: Tensor
+    around: Tensor
+    order: Tensor
 
     def __init__(self, config: EigenfaceConfig, *, bits: int, size: int) -> None:
         super().__init__()
         if size % 64:
             raise ValueError(f"the context is seen at 64 px: a crop of {size} px is no multiple of that")
         self.config = config
-        masks = face_mask(size), colour_mask(size)
-        self.register_buffer("pixels", inside(masks[0]), persistent=False)
-        self.register_buffer("colour_pixels", inside(masks[1]), persistent=False)
-        self.register_buffer("around_luma", (masks[0] <= _EDGE).float(), persistent=False)
-        self.register_buffer("around_colour", (masks[1] <= _EDGE).float(), persistent=False)
-        self.register_buffer("mean", torch.zeros(1, size, size))
-        self.register_buffer("mean_colour", torch.zeros(2, size // 2, size // 2))
-        self.register_buffer("leading_scale", torch.ones(sum(config.leading_luma) + sum(config.leading_colour)))
+        mask = coarse_mask(size)
+        self.register_buffer("pixels", inside(mask), persistent=False)
+        self.register_buffer("blocks", (mask > _EDGE).float(), persistent=False)
+        self.register_buffer("inner", (mask > config.fine_edge).reshape(-1).nonzero()[:, 0], persistent=False)
+        self.register_buffer("around", (mask <= _EDGE).float(), persistent=False)
+        # Of luma and the two colours.
+        self.register_buffer("mean", torch.zeros(3, size // 2, size // 2))
+        self.register_buffer("leading_scale", torch.ones(sum(config.leading) + sum(config.leading_colour)))
         total = sum(config.turned)
         # Of the coordinates left over, and how much of the grain's room each is given.
         self.register_buffer("deviation", torch.full((total,), 0.3))
         self.register_buffer("share", torch.ones(total))
-        pixels = len(self.pixels), 2 * len(self.colour_pixels)
-        self.sides = nn.ModuleList(Side(config, side, *pixels) for side in range(2))
+        # The robust coordinates of both sides first.
+        start = config.turned[0]
+        robust = [torch.arange(config.robust[0]), start + torch.arange(config.robust[1])]
+        others = [torch.arange(config.robust[0], start), torch.arange(start + config.robust[1], total)]
+        self.register_buffer("order", torch.cat(robust + others), persistent=False)
+        self.sides = nn.ModuleList(Side(config, side, len(self.pixels)) for side in range(2))
         self.context = Context(config)
         self.likenesses = Likenesses(config.likenesses, total, bits=bits, seed=0)
         self.painter = Painter(config.painter) if config.painter else None
         if self.painter:
             self.context.requires_grad_(False)
         face, grain = config.rounds
-        self.turn_face = Turn(total, bits=bits, rounds=face, seed=1)
+        self.turn_face = Turn(sum(config.robust), bits=bits, rounds=face, seed=1)
         self.turn_grain = Turn(sum(config.grain), bits=bits, rounds=grain, seed=2)
+        fine = 3 * len(self.inner)
+        self.turn_fine = Turn(total - sum(config.robust) + fine, bits=bits, rounds=config.fine_rounds, seed=3)
+        self.turn_colour = Turn(2 * fine, bits=bits, rounds=config.fine_rounds, seed=4)
 
     def train(self, mode: bool = True) -> EigenfaceTransformer:
         """Set training mode; what a painter stands on stays as it was fitted."""
@@ -374,82 +442,99 @@ class EigenfaceTransformer(nn.Module):
         # In float32 even under autocast: what the chain rounds, recovery could not undo.
         with torch.autocast(images.device.type, enabled=False):
             stretched, codes = stretch(images.float()), codes.float()
-            leading, face, grain = self.analyse(stretched)
-            mean = self.predict(stretched, leading)
-            z, g = self.unfold(face - mean, grain)
-            picture = self._planes(stretched + self.synthesise(mean - face, -grain)) if self.painter else None
+            parts = self.analyse(stretched)
+            mean = self.predict(stretched, parts.leading)
+            z, g = self.unfold(parts, mean)
+            low = self._plain(stretched, parts, mean) if self.painter else None
             with torch.no_grad():  # what is hidden is not what is seen: no loss has a say in it
-                hidden = z - self.shown(-codes, picture)
-            z, g = self._exchange(hidden, g, codes)
-            after, grain_after = self.fold(z + self.shown(codes, picture), g)
-            change = self.synthesise(mean + after - face, grain_after - grain)
-            return torch.tanh(stretched + change) / _SQUEEZE
+                hidden = z - self.shown(-codes, low)
+            z, g = self.exchange(hidden, g, codes)
+            return self.changed(stretched, parts, mean, z + self.shown(codes, low), g)
 
-    def shown(self, codes: Tensor, picture: Tensor | None) -> Tensor:
-        """s(p) in the coordinates z, float ``[B, K]``: the likeness, fitted into the picture where there is a painter.
+    def shown(self, codes: Tensor, low: Tensor | None) -> Tensor:
+        """s(p) as :meth:`unfold` has faces, float ``[B, .]``: the likeness, fitted into the picture by a painter.
 
         Args:
             codes: float ``[B, N]``.
-            picture: planes of the picture with the mean face in it, float ``[B, 6, S / 2, S / 2]``.
+            low: means of the blocks of the picture with the mean face in it, float ``[B, 3, S / 2, S / 2]``; read
+                only by a painter.
         """
         likeness: Tensor = self.likenesses(codes)
-        if self.painter is None or picture is None:
-            return likeness
-        face, _ = self.fold(likeness, likeness[:, :1] * 0)
-        seen = self._planes(self.synthesise(face, likeness.new_zeros(len(face), sum(self.config.grain))))
-        # Half precision costs nothing while it is trained; what is served must come out the same twice.
-        with torch.autocast(codes.device.type, dtype=torch.bfloat16, enabled=self.training and codes.is_cuda):
-            planes = self.painter(picture, seen).float()
-        luma, colour = painting.unfold(planes)
-        sides = zip(self._sides(), halves(luma, self.pixels), halves(colour, self.colour_pixels), strict=True)
-        moved = torch.cat([side.face(y, c) for side, y, c in sides], dim=1)
-        room = _REACH * self.share
-        out: Tensor = room * torch.tanh((likeness + moved / self.deviation * self.share) / room)
-        return out
+        if self.painter is not None and low is not None:
+            face = self._face(likeness)
+            seen = self._low(face, likeness.new_zeros(len(face), sum(self.config.grain)))
+            # Half precision costs nothing while it is trained; what is served must come out the same twice.
+            with torch.autocast(codes.device.type, dtype=torch.bfloat16, enabled=self.training and codes.is_cuda):
+                planes = self.painter(low, seen).float()
+            sides = zip(self._sides(), self._halves(planes), strict=True)
+            moved = torch.cat([side.face(y, c) for side, (y, c) in sides], dim=1)
+            room = _REACH * self.share
+            likeness = room * torch.tanh((likeness + moved / self.deviation * self.share) / room)
+        return F.pad(likeness[:, self.order], (0, 3 * len(self.inner)))
 
-    def _planes(self, stretched: Tensor) -> Tensor:
-        """A stretched picture, or a change of one, as the painter sees it."""
-        return painting.fold(luma_of(stretched), colour_of(stretched))
-
-    def analyse(self, stretched: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Coordinates of :func:`stretch`'s pictures: leading ones, face and grain, both sides in one, float."""
-        luma = halves(luma_of(stretched) - self.mean, self.pixels)
-        colour = halves(colour_of(stretched) - self.mean_colour, self.colour_pixels)
-        sides = [side.analyse(y, c) for side, y, c in zip(self._sides(), luma, colour, strict=True)]
+    def analyse(self, stretched: Tensor) -> Parts:
+        """Take :func:`stretch`'s pictures apart."""
+        blocks = analyse_blocks(planes_of(stretched))
+        low = blocks[:, :, 0]
+        sides = [side.analyse(y, c) for side, (y, c) in zip(self._sides(), self._halves(low - self.mean), strict=True)]
         leading, face, grain = (torch.cat(parts, dim=1) for parts in zip(*sides, strict=True))
-        return leading, face, grain
+        fine = (blocks[:, :, 1:] - foretold(low)).flatten(3)[..., self.inner]
+        return Parts(leading, face, grain, fine[:, 0].flatten(1), fine[:, 1:].flatten(1))
 
-    def synthesise(self, face: Tensor, grain: Tensor) -> Tensor:
-        """The change of a stretched picture for changes of the coordinates, float ``[B, 3, S, S]``."""
-        sides = [
-            side.synthesise(f, g)
-            for side, f, g in zip(
-                self._sides(),
-                face.split_with_sizes(self.config.turned, dim=1),
-                grain.split_with_sizes(self.config.grain, dim=1),
-                strict=True,
-            )
-        ]
-        (y, c), (y_anti, c_anti) = sides
-        size = self.mean.shape[-1]
-        luma = whole((y, y_anti), self.pixels, size, 1)
-        colour = F.interpolate(whole((c, c_anti), self.colour_pixels, size // 2, 2), scale_factor=2, mode="nearest")
-        red, blue = colour[:, :1], colour[:, 1:]
-        # Green so that the change of colour changes no luma.
-        green = -(_LUMA[0] * red + _LUMA[2] * blue) / _LUMA[1]
-        return luma + torch.cat([red, green, blue], dim=1)
+    def synthesise(self, change: Parts) -> Tensor:
+        """The change of a stretched picture for changes of its parts, leading ones aside, float ``[B, 3, S, S]``."""
+        low = self._low(change.face, change.grain)
+        details = foretold(low) * self.blocks
+        fine = torch.cat([change.fine, change.fine_colour], dim=1).view(len(low), 3, 3, -1)
+        details = details.flatten(3).index_add(3, self.inner, fine).view_as(details)
+        return stretched_of(synthesise_blocks(torch.cat([low[:, :, None], details], dim=2)))
 
-    def unfold(self, face: Tensor, grain: Tensor) -> tuple[Tensor, Tensor]:
-        """z and g of the coordinates, those of the face less their mean."""
-        one, two = self.config.tails
-        z = torch.asinh(face / self.deviation * one) / one * self.share
-        return z, torch.asinh(grain / self.config.grain_deviation * two) / two
+    def changed(self, stretched: Tensor, parts: Parts, mean: Tensor, z: Tensor, g: Tensor) -> Tensor:
+        """Pictures float ``[B, 3, S, S]`` in (-1.1, 1.1) with another face and grain in them (see :meth:`unfold`)."""
+        after = self.fold(parts.leading, z, g, mean)
+        change = Parts(*(new - old for new, old in zip(after, parts, strict=True)))
+        return torch.tanh(stretched + self.synthesise(change)) / _SQUEEZE
 
-    def fold(self, z: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    def unfold(self, parts: Parts, mean: Tensor) -> tuple[Tensor, Tensor]:
+        """The whole face z and the whole grain g, about as strong everywhere.
+
+        z are the eigenfaces less their mean, the robust ones first, and the details of luma; g are the grain and the
+        details of colour.
+        """
+        tail = self.config.tails[0]
+        z = torch.asinh((parts.face - mean) / self.deviation * tail) / tail * self.share
+        fine = self.config.fine_deviation
+        return (
+            torch.cat([z[:, self.order], self._drawn(parts.fine, fine)], dim=1),
+            torch.cat(
+                [self._drawn(parts.grain, self.config.grain_deviation), self._drawn(parts.fine_colour, fine)], dim=1
+            ),
+        )
+
+    def fold(self, leading: Tensor, z: Tensor, g: Tensor, mean: Tensor) -> Parts:
         """The inverse of :meth:`unfold`."""
-        one, two = self.config.tails
-        face = torch.sinh(z / self.share * one) / one * self.deviation
-        return face, torch.sinh(g * two) / two * self.config.grain_deviation
+        total, grain, fine = len(self.order), sum(self.config.grain), self.config.fine_deviation
+        face = z.new_empty(len(z), total)
+        face[:, self.order] = z[:, :total]
+        return Parts(
+            leading,
+            mean + self._face(face),
+            self._let_out(g[:, :grain], self.config.grain_deviation),
+            self._let_out(z[:, total:], fine),
+            self._let_out(g[:, grain:], fine),
+        )
+
+    def exchange(self, z: Tensor, g: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """M_p: what is robust with the grain, the rest with the details of colour."""
+        robust, grain = sum(self.config.robust), sum(self.config.grain)
+        one = self._exchange(self.turn_face, self.turn_grain, z[:, :robust], g[:, :grain], codes)
+        two = self._exchange(self.turn_fine, self.turn_colour, z[:, robust:], g[:, grain:], codes)
+        return torch.cat([one[0], two[0]], dim=1), torch.cat([one[1], two[1]], dim=1)
+
+    def hidden(self, g: Tensor, codes: Tensor) -> Tensor:
+        """What recovery under ``codes`` finds in a grain: robust coordinates of the face, less the code's likeness."""
+        none = g.new_zeros(len(g), sum(self.config.robust))
+        return self._exchange(self.turn_face, self.turn_grain, none, g[:, : sum(self.config.grain)], codes)[0]
 
     def predict(self, stretched: Tensor, leading: Tensor) -> Tensor:
         """The mean of the face's coordinates given the context, float ``[B, K]``."""
@@ -458,19 +543,48 @@ class EigenfaceTransformer(nn.Module):
 
     def surroundings(self, stretched: Tensor) -> Tensor:
         """What is around the face: luma, its colours and where it is, float ``[B, 4, 64, 64]``."""
-        factor = stretched.shape[-1] // 64
-        luma = F.avg_pool2d((luma_of(stretched) - self.mean) * self.around_luma, factor)
-        colour = F.avg_pool2d(colour_of(stretched) * self.around_colour, factor)
-        colour = F.interpolate(colour, size=64, mode="bilinear", align_corners=False)
-        where = F.avg_pool2d(self.around_luma[None, None], factor).expand(len(luma), 1, 64, 64)
-        return torch.cat([luma, colour, where], dim=1)
+        low = (F.avg_pool2d(planes_of(stretched), 2) - self.mean) * self.around
+        seen = torch.cat([low, self.around.expand(len(low), 1, -1, -1)], dim=1)
+        return F.interpolate(seen, size=64, mode="area")
 
-    def _exchange(self, z: Tensor, g: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-        """M_p."""
-        z, g = self.turn_face(z, codes), self.turn_grain(g, codes)
+    def _plain(self, stretched: Tensor, parts: Parts, mean: Tensor) -> Tensor:
+        """Means of the blocks of pictures with the mean face and no grain in them."""
+        low = F.avg_pool2d(planes_of(stretched), 2)
+        return low + self._low(mean - parts.face, -parts.grain)
+
+    def _low(self, face: Tensor, grain: Tensor) -> Tensor:
+        """The change of the blocks' means for changes of face and grain, float ``[B, 3, S / 2, S / 2]``."""
+        faces, grains = (
+            x.split_with_sizes(n, dim=1) for x, n in ((face, self.config.turned), (grain, self.config.grain))
+        )
+        sides = [side.synthesise(f, g) for side, f, g in zip(self._sides(), faces, grains, strict=True)]
+        halved = [torch.cat(side, dim=1) for side in sides]
+        return whole((halved[0], halved[1]), self.pixels, self.mean.shape[-1], 3)
+
+    def _halves(self, low: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Luma and colour of the symmetric and of the antisymmetric half."""
+        count = len(self.pixels)
+        return [(half[:, :count], half[:, count:]) for half in halves(low, self.pixels)]
+
+    def _face(self, z: Tensor) -> Tensor:
+        """Coordinates of eigenfaces less their mean, of what :meth:`unfold` makes of them (in the network's order)."""
+        tail = self.config.tails[0]
+        return torch.sinh(z / self.share * tail) / tail * self.deviation
+
+    def _drawn(self, x: Tensor, deviation: float) -> Tensor:
+        tail = self.config.tails[1]
+        return torch.asinh(x / deviation * tail) / tail
+
+    def _let_out(self, x: Tensor, deviation: float) -> Tensor:
+        tail = self.config.tails[1]
+        return torch.sinh(x * tail) / tail * deviation
+
+    @staticmethod
+    def _exchange(one: Turn, two: Turn, z: Tensor, g: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        z, g = one(z, codes), two(g, codes)
         count = z.shape[1]
         z, g = g[:, :count], torch.cat([z, g[:, count:]], dim=1)
-        return self.turn_face.inverse(z, -codes), self.turn_grain.inverse(g, -codes)
+        return one.inverse(z, -codes), two.inverse(g, -codes)
 
     def _sides(self) -> list[Side]:
         return [side for side in self.sides if isinstance(side, Side)]

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor, nn
 
-# Luma folded 2x2 into channels, and two colours at half the resolution.
-PLANES: Final = 6
+# Luma and two colours.
+PLANES: Final = 3
 
 
 class PainterConfig(BaseModel):
@@ -42,7 +42,7 @@ class _Residual(nn.Module):
 
 
 class Painter(nn.Module):
-    """Called with planes of the picture, float ``[B, 6, S / 2, S / 2]``, and of a likeness painted into it.
+    """Called with planes of the picture, float ``[B, 3, S / 2, S / 2]``, and of a likeness painted into it.
 
     Gives the change of the likeness's planes; a fresh one changes nothing.
     """
@@ -78,13 +78,3 @@ class Painter(nn.Module):
             x = self.decoder[level](x)
         out: Tensor = self.head(F.silu(self.norm(x)))
         return out
-
-
-def fold(luma: Tensor, colour: Tensor) -> Tensor:
-    """Luma float ``[B, 1, S, S]`` and colours ``[B, 2, S / 2, S / 2]`` as planes float ``[B, 6, S / 2, S / 2]``."""
-    return torch.cat([F.pixel_unshuffle(luma, 2), colour], dim=1)
-
-
-def unfold(planes: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse of :func:`fold`."""
-    return F.pixel_shuffle(planes[:, :4], 2), planes[:, 4:]

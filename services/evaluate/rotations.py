@@ -4,9 +4,9 @@ It hides the face z in the grain g: with public U, keyed rotations and a public 
 
     z_A = s(p) + what the grain had there        g_A carries O_p (z - s(-p))
 
-So the face that A shows tells which likeness the code picks; trying a code is a rotation of numbers, no picture is
-made; and for one code z is an affine function of g_A, which pairs of one password give by least squares, however long
-the code is.
+Codes are tried on the robust coordinates, which come first in z. The face that A shows tells which likeness a code
+picks; trying a code is a rotation of numbers, no picture is made; and for one code z is an affine function of g_A,
+which pairs of one password give by least squares, however long the code is.
 """
 
 from __future__ import annotations
@@ -33,14 +33,18 @@ def hides_in_grain(network: object) -> bool:
     )
 
 
-def _parts(network: Any, images: Tensor) -> tuple[Tensor, ...]:
+def _parts(network: Any, images: Tensor) -> tuple[Any, ...]:
     from mien.networks.eigenface import stretch
 
     stretched = stretch(images)
-    leading, face, grain = network.analyse(stretched)
-    mean = network.predict(stretched, leading)
-    z, g = network.unfold(face - mean, grain)
-    return stretched, leading, face, grain, mean, z, g
+    parts = network.analyse(stretched)
+    mean = network.predict(stretched, parts.leading)
+    return stretched, parts, mean, *network.unfold(parts, mean)
+
+
+def robust(network: Any) -> int:
+    """How many coordinates of z are robust."""
+    return sum(network.config.robust)
 
 
 @torch.no_grad()
@@ -48,8 +52,8 @@ def latents(network: Any, pictures: Pixels, advance: Advance = lambda done: None
     """Leading coordinates, which never change, face z and grain g of uint8 ``[M, S, S, 3]``; float ``[M, .]`` each."""
     found = []
     for start in range(0, len(pictures), _PICTURES):
-        _, leading, _, _, _, z, g = _parts(network, to_tensor(pictures[start : start + _PICTURES]))
-        found.append([part.double().numpy() for part in (leading, z, g)])
+        _, parts, _, z, g = _parts(network, to_tensor(pictures[start : start + _PICTURES]))
+        found.append([part.double().numpy() for part in (parts.leading, z, g)])
         advance(len(z))
     leading, z, g = (np.concatenate(part) for part in zip(*found, strict=True))
     return leading, z, g
@@ -62,15 +66,15 @@ def signed(codes: Codes) -> Tensor:
 
 @torch.no_grad()
 def likenesses(network: Any, codes: Codes) -> Floats:
-    """s of each code, float ``[B, n]``."""
-    out: Floats = network.likenesses(signed(codes)).double().numpy()
+    """s of each code in robust coordinates, float ``[B, n]``."""
+    out: Floats = network.shown(signed(codes), None)[:, : robust(network)].double().numpy()
     return out
 
 
 def nearest_likeness(network: Any, z: Floats) -> NDArray[np.int64]:
-    """Which likeness each face z ``[M, n]`` is nearest to."""
-    faces = network.likenesses.faces.double().numpy()
-    away = (faces**2).sum(axis=1)[None] - 2 * z @ faces.T
+    """Which likeness each face z ``[M, n]``, or its robust part, is nearest to."""
+    faces = network.likenesses.faces[:, network.order[: robust(network)]].double().numpy()
+    away = (faces**2).sum(axis=1)[None] - 2 * z[:, : faces.shape[1]] @ faces.T
     return away.argmin(axis=1)
 
 
@@ -81,13 +85,15 @@ def number_of(network: Any, codes: Codes) -> NDArray[np.int64]:
 
 @torch.no_grad()
 def undo(network: Any, g: Floats, codes: Codes) -> Floats:
-    """What recovery under ``codes`` makes of one grain ``[m]``: z less the code's likeness, float ``[B, n]``."""
-    grain, size = torch.from_numpy(g).float(), network.likenesses.faces.shape[1]
+    """What recovery under ``codes`` makes of one grain ``[m]``: the robust part of z less the code's likeness.
+
+    float ``[B, n]``.
+    """
+    grain = torch.from_numpy(g).float()
     found = []
     for start in range(0, len(codes), _CHUNK):
         p = signed(codes[start : start + _CHUNK])
-        turned = network.turn_grain(grain.expand(len(p), -1), p)[:, :size]
-        found.append(network.turn_face.inverse(turned, -p).double().numpy())
+        found.append(network.hidden(grain.expand(len(p), -1), p).double().numpy())
     return np.concatenate(found)
 
 
@@ -96,10 +102,9 @@ def with_face(network: Any, pictures: Pixels, z: Floats) -> Pixels:
     """The pictures uint8 ``[M, S, S, 3]`` with other faces z ``[M, n]`` in them, all else as it is."""
     out = []
     for start in range(0, len(pictures), _PICTURES):
-        stretched, _, face, grain, mean, _, g = _parts(network, to_tensor(pictures[start : start + _PICTURES]))
-        after, grain_after = network.fold(torch.from_numpy(z[start : start + _PICTURES]).float(), g)
-        change = network.synthesise(mean + after - face, grain_after - grain)
-        out.append(to_pixels(torch.tanh(stretched + change) / 0.9))
+        stretched, parts, mean, _, g = _parts(network, to_tensor(pictures[start : start + _PICTURES]))
+        after = torch.from_numpy(z[start : start + _PICTURES]).float()
+        out.append(to_pixels(network.changed(stretched, parts, mean, after, g)))
     return np.concatenate(out)
 
 

@@ -204,8 +204,8 @@ def eigenface_context(bits: int, people: int = 160, **sizes: int) -> Context:
     eigenface = pytest.importorskip("mien.networks.eigenface", reason="this version has no eigenface transformer")
     torch.manual_seed(0)
     config = eigenface.EigenfaceConfig(
-        leading_luma=(2, 2), leading_colour=(1, 1), turned=(20, 12), colour=(6, 4), grain=(48, 40), likenesses=16,
-        widths=(8, 16), features=16,
+        leading_luma=(2, 2), leading_colour=(1, 1), turned=(20, 12), robust=(18, 10), colour=(6, 4), grain=(48, 40),
+        likenesses=16, widths=(8, 16), features=16,
     )  # fmt: skip
     network = eigenface.EigenfaceTransformer(config, bits=bits, size=64).eval()
     network.likenesses.faces.mul_(3)  # as far apart as faces are

@@ -17,8 +17,8 @@ from training.eigenface import fit
 from training.samples import from_uint8
 
 SMALL = EigenfaceConfig(
-    leading_luma=(2, 1), leading_colour=(1, 1), turned=(20, 12), colour=(8, 6), grain=(120, 140), likenesses=16,
-    widths=(8, 16), features=32,
+    leading_luma=(2, 1), leading_colour=(1, 1), turned=(20, 12), robust=(16, 9), colour=(8, 6), grain=(120, 140),
+    likenesses=16, widths=(8, 16), features=32,
 )  # fmt: skip
 
 

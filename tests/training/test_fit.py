@@ -27,8 +27,8 @@ SHIPPED = ROOT / "training" / "configs" / "fit" / "mien-128.yaml"
 # Few eigenfaces, samples and steps: what is tested is the road, not the model.
 SMALL = [
     'architecture={"name": "eigenface", "leading_luma": [2, 1], "leading_colour": [1, 1], "turned": [20, 12],'
-    ' "colour": [8, 6], "grain": [120, 140], "likenesses": 16, "widths": [8, 16], "features": 32}',
-    "eigenfaces=[24, 16]", "bits=16", "steps=4", "batch=8", "device=cpu", "threads=1", "patience=20",
+    ' "robust": [16, 9], "colour": [8, 6], "grain": [120, 140], "likenesses": 16, "widths": [8, 16], "features": 32}',
+    "eigenfaces=[24, 16]", "bits=16", "steps=4", "batch=8", "recogniser=null", "device=cpu", "threads=1", "patience=20",
 ]  # fmt: skip
 
 

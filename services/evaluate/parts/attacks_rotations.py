@@ -99,7 +99,7 @@ def latent_search(context: Context) -> Result:
     numbers = rotations.number_of(network, codes)
     count = min(context.sizes.climbs, len(context.sample.faces))
     hidden, truths = context.chain("A", count), context.chain.codes["first"][:count]
-    _, z, _ = rotations.latents(network, context.chain("I", count))
+    z = rotations.latents(network, context.chain("I", count))[1][:, : rotations.robust(network)]
     _, shown, grains = rotations.latents(network, hidden)
     begun = time.perf_counter()
     found, left = [], []
