@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ctypes
 import importlib.util
 import io
 import json
@@ -39,7 +40,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -329,6 +330,7 @@ def service(asked: argparse.Namespace, batch: int) -> Iterator[tuple[str, str]]:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=_die_with_parent,
             env={
                 **os.environ,
                 "MIEN_MODEL": str(asked.model.resolve()),
@@ -488,6 +490,13 @@ def recode(data: bytes) -> None:
     from mien import pictures
 
     pictures.encode(pictures.decode(data), "PNG")
+
+
+def _die_with_parent() -> None:
+    """Linux: the kernel ends the service when the benchmark is killed; its worker follows by itself."""
+    PR_SET_PDEATHSIG = 1
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def free_ports(count: int) -> list[int]:
