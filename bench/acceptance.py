@@ -3,7 +3,7 @@
 Each is a test of ``tests/serving`` that ``make test`` runs shortened or not at all. They run alone, because they
 measure: beside each other none would mean anything. What each prints as JSON and how long it took goes to
 ``bench/acceptance.json`` and, as a table for docs/serving.md, to standard output; a run that fails leaves the tail of
-its output there, and the next one begins. ``schema`` is last, and takes as long as the others together.
+its output there, and the next one begins. All of them take half an hour of a machine that does nothing else.
 
 Exit status: 1 where a run failed.
 """
