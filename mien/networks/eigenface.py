@@ -202,38 +202,48 @@ class Turn(nn.Module):
     The angles are a fixed random linear function of the code; one bit moves each by radians, not by a little.
     """
 
-    one: Tensor
-    two: Tensor
     angles: Tensor
+    onwards: Tensor
+    backwards: Tensor
 
     def __init__(self, size: int, *, bits: int, rounds: int, seed: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        shuffled = torch.stack([torch.randperm(size, generator=generator) for _ in range(rounds)])
-        self.register_buffer("one", shuffled[:, : size // 2], persistent=False)
-        self.register_buffer("two", shuffled[:, size // 2 : size // 2 * 2], persistent=False)
+        shuffles = [torch.randperm(size, generator=generator) for _ in range(rounds)]
         angles = torch.randn(rounds, size // 2, bits, generator=generator) * 2
-        self.register_buffer("angles", angles, persistent=False)
+        self.register_buffer("angles", angles.transpose(1, 2).contiguous(), persistent=False)
+        # Layer after layer, pairs lie half the size apart; between two layers one shuffle is undone and the next done.
+        self.register_buffer("onwards", _between(shuffles), persistent=False)
+        self.register_buffer("backwards", _between(shuffles[::-1]), persistent=False)
 
-    def forward(self, x: Tensor, codes: Tensor) -> Tensor:
-        """O_p x; x float ``[B, size]``, codes float ``[B, N]``."""
-        for layer in range(len(self.angles)):
-            x = self._layer(x, layer, codes @ self.angles[layer].T)
-        return x
+    def planes(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of a code's angles, float ``[rounds, B, size / 2]`` each; codes float ``[B, N]``."""
+        angles = codes @ self.angles
+        return angles.cos(), angles.sin()
 
-    def inverse(self, x: Tensor, codes: Tensor) -> Tensor:
-        """O_p^T x."""
-        for layer in reversed(range(len(self.angles))):
-            x = self._layer(x, layer, -(codes @ self.angles[layer].T))
-        return x
+    def forward(self, x: Tensor, planes: tuple[Tensor, Tensor]) -> Tensor:
+        """O_p x; x float ``[B, size]``, with :meth:`planes` of p."""
+        return self._layers(x, self.onwards, *planes)
 
-    def _layer(self, x: Tensor, layer: int, angle: Tensor) -> Tensor:
-        one, two = self.one[layer], self.two[layer]
-        cos, sin = angle.cos(), angle.sin()
-        out = x.clone()
-        out[:, one] = cos * x[:, one] - sin * x[:, two]
-        out[:, two] = sin * x[:, one] + cos * x[:, two]
-        return out
+    def opposite(self, x: Tensor, planes: tuple[Tensor, Tensor]) -> Tensor:
+        """O_{-p}^T x with :meth:`planes` of p: the layers the other way round, by the same angles."""
+        cos, sin = planes
+        return self._layers(x, self.backwards, cos.flip(0), sin.flip(0))
+
+    @staticmethod
+    def _layers(x: Tensor, shuffles: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        half = cos.shape[2]
+        for layer in range(len(cos)):
+            x = x.index_select(1, shuffles[layer])
+            a, b, c, s = x[:, :half], x[:, half : 2 * half], cos[layer], sin[layer]
+            x = torch.cat([c * a - s * b, s * a + c * b, x[:, 2 * half :]], dim=1)
+        return x.index_select(1, shuffles[-1])
+
+
+def _between(shuffles: list[Tensor]) -> Tensor:
+    """The first shuffle, of each two neighbours the way from one to the next, and the way back from the last."""
+    ways = [shuffles[0], *(one.argsort()[two] for one, two in pairwise(shuffles)), shuffles[-1].argsort()]
+    return torch.stack(ways)
 
 
 class Likenesses(nn.Module):
@@ -581,10 +591,11 @@ class EigenfaceTransformer(nn.Module):
 
     @staticmethod
     def _exchange(one: Turn, two: Turn, z: Tensor, g: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-        z, g = one(z, codes), two(g, codes)
+        of_one, of_two = one.planes(codes), two.planes(codes)
+        z, g = one(z, of_one), two(g, of_two)
         count = z.shape[1]
         z, g = g[:, :count], torch.cat([z, g[:, count:]], dim=1)
-        return one.inverse(z, -codes), two.inverse(g, -codes)
+        return one.opposite(z, of_one), two.opposite(g, of_two)
 
     def _sides(self) -> list[Side]:
         return [side for side in self.sides if isinstance(side, Side)]
