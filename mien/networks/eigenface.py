@@ -15,16 +15,20 @@ All of this stays true where s(p) depends on what M_p never touches, so a *paint
 fit the likeness into the picture: it sees the picture with the mean face in it and the likeness's, and changes the
 latter. It alone is trained against losses, by ``python -m training``; everything else here is fitted.
 
-U is linear but for two squashings, and :mod:`training.eigenface` fits it:
+U is linear but for its squashings, and :mod:`training.eigenface` fits it:
 
-1. The face's luma and its colour at half the resolution, where :func:`face_mask` is not 0, are split into symmetric and
-   antisymmetric halves, and these into eigenfaces (Sirovich and Kirby 1987), luma and colour together.
-2. What is around the face, and the leading eigenfaces, which are light, pose and complexion, never change. From them a
-   small network predicts the mean of the other coordinates, so that hair, skin, age and sex go on fitting the face.
-3. z is what is left over, in standard deviations, tails drawn in (asinh). g is what the eigenfaces of colour do not
-   span, where photos have least of it.
+1. Luma and two colours are taken as means of 2x2 blocks, and as what the blocks hold beyond what interpolated means
+   foretell (Haar's details of a lifted pyramid). The means, where :func:`face_mask` is not 0, are split into symmetric
+   and antisymmetric halves, and these into eigenfaces (Sirovich and Kirby 1987), luma and colour together.
+2. What is around the face, the leading eigenfaces, which are light, pose and complexion, and a few directions that
+   landmarks are read from best, never change. From them a small network predicts the mean of the other coordinates, so
+   that hair, skin, age and sex go on fitting the face.
+3. z is what is left over, in standard deviations, tails drawn in (asinh), and the details of luma; g is what the
+   eigenfaces of colour do not span, where photos have least of it, and the details of colour. The exchange is twofold:
+   the strongest of z with the first, where JPEG with whole colour leaves them, the weak ones and the details with the
+   details, which only a lossless file keeps.
 
-Without a painter no recogniser is in it anywhere: nothing was trained to deceive one.
+Likenesses alone may have a recogniser's help (:mod:`training.likenesses`); nothing else was made to deceive one.
 """
 
 from __future__ import annotations
