@@ -13,7 +13,7 @@ export MIEN_SHARED ?= ../shared
 unexport PYTHONDONTWRITEBYTECODE
 export PYTHONPYCACHEPREFIX ?= $(CURDIR)/.cache/pycache
 
-.PHONY: help env demo demo-stop test lint format model shards proto bench soak train-local e2e image-serve image-train lock clean
+.PHONY: help env demo demo-stop test lint format model shards proto bench soak accept train-local e2e image-serve image-train lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -67,6 +67,9 @@ bench: env ## the benchmarks, as ratios measured in one run; writes bench/*.json
 
 soak: env ## the acceptance runs of minutes that `make test` skips
 	MIEN_SOAK=1 $(BIN)/python -m pytest -m soak --timeout 3600
+
+accept: env ## the service's acceptance runs, one after the other: half an hour of a quiet machine (bench/acceptance.py)
+	$(BIN)/python -m bench.acceptance
 
 train-local: env ## the whole chain, small: S3 server, MLflow server, ingest, training in 2 processes, evaluate, promote
 	$(BIN)/python -m training.local
