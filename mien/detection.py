@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from mien import geometry, mtcnn
+from mien import geometry
 from mien.errors import TooManyFaces
 
 DEFAULT_MAX_FACES: Final = 256
@@ -104,6 +104,8 @@ class MTCNNDetector:
                     keep_all=True, min_face_size=self.min_face, post_process=False, device=self.device
                 ).eval()
                 if self._on_cpu:
+                    from mien import mtcnn  # brings torch, which a client of the service does without
+
                     mtcnn.accelerate(self._network)
             return self._network
 
@@ -170,6 +172,8 @@ class MTCNNDetector:
         border = max(self.min_face, round(max(pictures[0].shape[:2]) * _BORDER))
         if self._on_cpu:
             # Batches would only fill the caches: one picture after the other, and the same for each in any company.
+            from mien import mtcnn
+
             found = [mtcnn.find(network, p, border) for p in pictures]
             return [[(b, float(c), p) for b, c, p in zip(*of, strict=True)] for of in found]
         padded = [np.pad(p, ((border, border), (border, border), (0, 0)), constant_values=127) for p in pictures]

@@ -224,8 +224,6 @@ def eigenface_context(bits: int, people: int = 160, **sizes: int) -> Context:
     context.subject = Subject(transform=transform, bits=bits, architecture="eigenface")
     context.chain = Chain(context.subject, context.sample.faces.images, seed=0, progress=context.progress)
     context.model = network
-    projection = context.headline.recogniser
-    projection.matrix = torch.randn(3 * 64 * 64, 64, generator=torch.Generator().manual_seed(1))
     return context
 
 
