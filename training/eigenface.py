@@ -175,7 +175,7 @@ def _landmarks(pose: Pose | None, stretched: Tensor) -> tuple[Tensor, Tensor]:
     """The symmetric and the antisymmetric part of landmarks in sides of MTCNN's box, float ``[B, 10]`` each."""
     if pose is None:
         return stretched.new_zeros(len(stretched), 10), stretched.new_zeros(len(stretched), 10)
-    images = torch.tanh(stretched) / 0.9
+    images = eigenface.unstretch(stretched)
     x, y = pose(images, torch.full((len(images), 3), 0.5))[1].split(5, dim=1)
     there, mirrored = torch.cat([x, y], dim=1), torch.cat([1 - x[:, _MIRRORED], y[:, _MIRRORED]], dim=1)
     return (there + mirrored) / 2, (there - mirrored) / 2

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mien.networks.eigenface import EigenfaceTransformer, Parts, stretch
+from mien.networks.eigenface import EigenfaceTransformer, Parts, stretch, unstretch
 from training.classifier import augment_view
 from training.data import Faces
 from training.draws import Draws
@@ -143,7 +143,7 @@ def _choose(
     """The ``count`` candidates that keep landmarks in place, are surely faces and unlike one another."""
     views = len(shown.mean)
     middle = torch.full((views, 3), 0.5)
-    there = pose(torch.tanh(shown.stretched) / 0.9, middle)
+    there = pose(unstretch(shown.stretched), middle)
     embeddings, moved, sure = [], [], []
     began, done = time.monotonic(), 0
     for some in blends.split(_BATCH):
@@ -199,7 +199,7 @@ def _part(
         cosines = (embedding @ embedding.mT)[:, others]
         placing = jitter(draws, _BATCH)[: len(made)]
         with torch.no_grad():
-            there = pose(torch.tanh(pictures.stretched) / 0.9, placing)
+            there = pose(unstretch(pictures.stretched), placing)
         moved = (faces[chosen] - blends[chosen]).square().sum(dim=1) / length[chosen, 0].square()
         loss = 10 * F.relu(cosines - _UNLIKE).square().mean() + _STAY * moved.mean()
         loss = loss + _POSE * pose_distance(there, pose(made, placing))

@@ -140,6 +140,11 @@ def stretch(images: Tensor) -> Tensor:
     return torch.atanh((_SQUEEZE * images).clamp(-_LIMIT, _LIMIT))
 
 
+def unstretch(stretched: Tensor) -> Tensor:
+    """The inverse of :func:`stretch`: images float in (-1.12, 1.12)."""
+    return torch.tanh(stretched) / _SQUEEZE
+
+
 def planes_of(stretched: Tensor) -> Tensor:
     """Luma, red less luma and blue less luma, float ``[B, 3, S, S]``."""
     luma = torch.einsum("bchw,c->bhw", stretched, stretched.new_tensor(_LUMA))[:, None]
@@ -507,7 +512,7 @@ class EigenfaceTransformer(nn.Module):
         """Pictures float ``[B, 3, S, S]`` in (-1.1, 1.1) with another face and grain in them (see :meth:`unfold`)."""
         after = self.fold(parts.leading, z, g, mean)
         change = Parts(*(new - old for new, old in zip(after, parts, strict=True)))
-        return torch.tanh(stretched + self.synthesise(change)) / _SQUEEZE
+        return unstretch(stretched + self.synthesise(change))
 
     def unfold(self, parts: Parts, mean: Tensor) -> tuple[Tensor, Tensor]:
         """The whole face z and the whole grain g, about as strong everywhere.
