@@ -1,6 +1,6 @@
 """``python -m training.fit --config FILE [key=value ...]``: shards to a registered candidate, by a fit.
 
-The model that ships is fitted (:mod:`training.eigenface`), not trained by steps; this is that fit as a run: shards from
+The model that ships is fitted (:mod:`training.cover`), not trained by steps; this is that fit as a run: shards from
 a folder or ``s3://``, a folder ``runs/NAME`` with the model, its card, a picture and the log, and, where a tracking
 server is named, an MLflow run and a version of the registered model ``mien`` under the alias ``candidate``, which
 ``services.evaluate`` judges and ``services.promote`` moves on: as ``python -m training`` ends. The config is
@@ -32,9 +32,9 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 import storage
 from mien import recognisers, store
 from mien.errors import MienError
-from mien.networks.eigenface import EigenfaceConfig, EigenfaceTransformer
+from mien.networks.cover import CoverConfig, CoverTransformer
 from training import config as run_config
-from training import eigenface
+from training import cover
 from training.config import Config
 from training.data import CACHE_LIMIT, Faces, open_faces
 from training.draws import Draws
@@ -64,7 +64,7 @@ class FitRecogniser(Config):
 
     name: Literal["sphereface20", "mobilefacenet-casia", "inception-resnet-v1"] = "mobilefacenet-casia"
     weights: str = Field(description="safetensors file")
-    steps: PositiveInt = Field(eigenface.APART, description="of moving likenesses apart")
+    steps: PositiveInt = Field(cover.APART, description="of moving likenesses apart")
 
 
 class FitConfig(Config):
@@ -74,10 +74,7 @@ class FitConfig(Config):
     runs: str = Field("runs", description="folder of runs; this one lies in runs/name")
     seed: NonNegativeInt = 0
     bits: int = Field(64, gt=0, multiple_of=4)
-    architecture: EigenfaceConfig = EigenfaceConfig()
-    eigenfaces: tuple[PositiveInt, PositiveInt] = Field(
-        eigenface.EIGENFACES, description="of luma, symmetric and antisymmetric, that the face's axes are found among"
-    )
+    architecture: CoverConfig = CoverConfig()
     data: FitData
     recogniser: FitRecogniser | None = Field(None, description="None leaves likenesses as they fall")
     steps: PositiveInt = Field(500, description="of the context's regression")
@@ -152,11 +149,10 @@ def run(config: FitConfig) -> Fitted:
     if config.recogniser:
         recogniser = recognisers.load(config.recogniser.name, config.recogniser.weights).to(device).eval()
     began = time.perf_counter()
-    network = EigenfaceTransformer(config.architecture, bits=config.bits, size=train.crop_size)
-    figures = eigenface.fit(
+    network = CoverTransformer(config.architecture, bits=config.bits, size=train.crop_size)
+    figures = cover.fit(
         network, train, val, steps=config.steps, batch=config.batch, seed=config.seed, device=device,
-        eigenfaces=config.eigenfaces, recogniser=recogniser,
-        apart=config.recogniser.steps if config.recogniser else eigenface.APART,
+        recogniser=recogniser, apart=config.recogniser.steps if config.recogniser else cover.APART,
     )  # fmt: skip
     network.cpu().eval()
     seconds = time.perf_counter() - began
@@ -271,7 +267,7 @@ def _card(config: FitConfig, samples: int, digest: str, figures: dict[str, float
         against = f"`{config.recogniser.name}` told its likenesses apart, and is no judge of it"
     return f"""# {config.name}
 
-An eigenface transformer, fitted by `training.fit`; {against}.
+The eigenfaces and likenesses of a cover transformer, fitted by `training.fit`; {against}.
 
 - Code: {config.bits} bits
 - Data: {samples:,} crops of shards whose manifest has sha256 `{digest}`; the data's terms bind this model

@@ -1,4 +1,4 @@
-"""The likenesses of an eigenface transformer: believable, in the place of faces, and unlike one another.
+"""The likenesses of a cover transformer: believable, in the place of faces, and unlike one another.
 
 Blends of two real faces that are alike are shown in other people's pictures. Those go that move the landmarks, that
 MTCNN doubts, or that a recogniser takes for many of the others; what stays is then moved a little, by gradients through
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mien.networks.eigenface import EigenfaceTransformer, Parts, stretch, unstretch
+from mien.networks.cover import CoverTransformer, Seen, stretch, unstretch
 from training.classifier import augment_view
 from training.data import Faces
 from training.draws import Draws
@@ -60,34 +60,32 @@ _UNLIKE: Final = 0.05
 
 @dataclass(frozen=True)
 class _Pictures:
-    """Pictures that likenesses are shown in, taken apart."""
+    """Pictures that likenesses are shown in: stretched, and their context."""
 
     stretched: Tensor
-    parts: Parts
-    mean: Tensor
-    grain: Tensor
+    seen: Seen
 
     @staticmethod
     @torch.no_grad()
-    def of(network: EigenfaceTransformer, images: Tensor) -> _Pictures:
+    def of(network: CoverTransformer, images: Tensor) -> _Pictures:
         """Float ``[B, 3, S, S]`` in [-1, 1]."""
         stretched = stretch(images)
-        parts = network.analyse(stretched)
-        mean = network.predict(stretched, parts.leading)
-        return _Pictures(stretched, parts, mean, network.unfold(parts, mean)[1])
+        return _Pictures(stretched, network.observe(stretched))
+
+    def __len__(self) -> int:
+        return len(self.stretched)
 
     def __getitem__(self, chosen: Tensor) -> _Pictures:
-        parts = Parts(*(part[chosen] for part in self.parts))
-        return _Pictures(self.stretched[chosen], parts, self.mean[chosen], self.grain[chosen])
+        return _Pictures(self.stretched[chosen], Seen(*(part[chosen] for part in self.seen)))
 
-    def with_faces(self, network: EigenfaceTransformer, likenesses: Tensor) -> Tensor:
+    def with_faces(self, network: CoverTransformer, likenesses: Tensor) -> Tensor:
         """One likeness float ``[B, K]`` in each picture: float ``[B, 3, S, S]`` in [-1, 1]."""
-        z = F.pad(likenesses[:, network.order], (0, self.parts.fine.shape[1]))
-        return network.changed(self.stretched, self.parts, self.mean, z, self.grain).clamp(-1, 1)
+        shown = network.paint(self.seen, likenesses)
+        return unstretch(shown + network.left * (self.stretched - shown)).clamp(-1, 1)
 
 
 def settle(
-    network: EigenfaceTransformer, shards: Faces, z: Tensor, leading: Tensor, *, strength: float, seed: int,
+    network: CoverTransformer, shards: Faces, z: Tensor, leading: Tensor, *, strength: float, seed: int,
     recogniser: nn.Module | None, steps: int,
 ) -> None:  # fmt: skip
     """Give ``network`` its likenesses.
@@ -118,13 +116,13 @@ def settle(
     faces.copy_(_part(network, blends, _pictures(network, shards, several), recogniser, pose, steps, seed))
 
 
-def _blends(network: EigenfaceTransformer, z: Tensor, energy: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def _blends(network: CoverTransformer, z: Tensor, energy: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Means of two faces that are alike, of those seen from the front and without anything unusual: ``[count, K]``."""
-    unusual = (z / network.share.cpu()).square().mean(dim=1)
+    unusual = z.square().mean(dim=1)
     plain = (unusual < _PLAIN * unusual.median()) & (energy <= energy.quantile(_FRONTAL))
     donors = z[plain] if int(plain.sum()) > _NEAREST else z
     # As far apart as their pictures are.
-    pictures = donors * (network.deviation / network.share).cpu()
+    pictures = donors * network.deviation.cpu()
     away = torch.cdist(pictures, pictures).fill_diagonal_(math.inf)
     near = away.topk(min(_NEAREST, len(donors) - 1), largest=False).indices
     one = torch.randint(len(donors), (count,), generator=generator)
@@ -133,15 +131,15 @@ def _blends(network: EigenfaceTransformer, z: Tensor, energy: Tensor, count: int
     return (donors[one] + donors[two]) / 2
 
 
-def _pictures(network: EigenfaceTransformer, shards: Faces, numbers: Tensor) -> _Pictures:
+def _pictures(network: CoverTransformer, shards: Faces, numbers: Tensor) -> _Pictures:
     return _Pictures.of(network, from_uint8(shards.decode(np.sort(numbers.numpy())).images, network.mean.device))
 
 
 def _choose(
-    network: EigenfaceTransformer, blends: Tensor, shown: _Pictures, recogniser: nn.Module, pose: Pose, count: int
+    network: CoverTransformer, blends: Tensor, shown: _Pictures, recogniser: nn.Module, pose: Pose, count: int
 ) -> Tensor:
     """The ``count`` candidates that keep landmarks in place, are surely faces and unlike one another."""
-    views = len(shown.mean)
+    views = len(shown)
     middle = torch.full((views, 3), 0.5)
     there = pose(unstretch(shown.stretched), middle)
     embeddings, moved, sure = [], [], []
@@ -175,7 +173,7 @@ def _choose(
 
 @torch.enable_grad()
 def _part(
-    network: EigenfaceTransformer, blends: Tensor, shown: _Pictures, recogniser: nn.Module, pose: Pose, steps: int,
+    network: CoverTransformer, blends: Tensor, shown: _Pictures, recogniser: nn.Module, pose: Pose, steps: int,
     seed: int,
 ) -> Tensor:  # fmt: skip
     """Move likenesses ``[count, K]``, as strong as before, until a recogniser tells them apart in the same picture."""
@@ -192,7 +190,7 @@ def _part(
     for step in range(1, steps + 1):
         draws = Draws(seed, (step - 1) * _BATCH, step * _BATCH)
         chosen = torch.cat([torch.randperm(len(blends), generator=generator)[:together] for _ in range(groups)])
-        pictures = shown[torch.randint(len(shown.mean), (groups,), generator=generator).repeat_interleave(together)]
+        pictures = shown[torch.randint(len(shown), (groups,), generator=generator).repeat_interleave(together)]
         made = pictures.with_faces(network, faces[chosen])
         views = augment_view(made, Draws(seed, 0, len(made), step=step))
         embedding = F.normalize(recogniser(views).float(), dim=1).unflatten(0, (groups, together))

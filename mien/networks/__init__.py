@@ -14,11 +14,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mien.networks.coupling import CouplingConfig, CouplingTransformer
-from mien.networks.eigenface import EigenfaceConfig, EigenfaceTransformer
+from mien.networks.cover import CoverConfig, CoverTransformer
 from mien.networks.resnet import ResNetConfig, ResNetTransformer
 from mien.networks.unet import UNetConfig, UNetTransformer
 
-AnyConfig = ResNetConfig | UNetConfig | CouplingConfig | EigenfaceConfig
+AnyConfig = ResNetConfig | UNetConfig | CouplingConfig | CoverConfig
 ArchitectureConfig = Annotated[AnyConfig, Field(discriminator="name")]
 
 __all__ = [
@@ -26,8 +26,8 @@ __all__ = [
     "ArchitectureConfig",
     "CouplingConfig",
     "CouplingTransformer",
-    "EigenfaceConfig",
-    "EigenfaceTransformer",
+    "CoverConfig",
+    "CoverTransformer",
     "ResNetConfig",
     "ResNetTransformer",
     "UNetConfig",
@@ -48,8 +48,8 @@ def build(config: AnyConfig, *, bits: int, size: int) -> nn.Module:
         return ResNetTransformer(config, bits=bits)
     if isinstance(config, UNetConfig):
         return UNetTransformer(config, bits=bits, size=size)
-    if isinstance(config, EigenfaceConfig):
-        return EigenfaceTransformer(config, bits=bits, size=size)
+    if isinstance(config, CoverConfig):
+        return CoverTransformer(config, bits=bits, size=size)
     return CouplingTransformer(config, bits=bits, size=size)
 
 

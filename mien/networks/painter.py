@@ -6,23 +6,17 @@ It sees what a reversible transformer never changes, so that it paints the same 
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Final
-
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor, nn
-
-# Luma and two colours.
-PLANES: Final = 3
-
 
 class PainterConfig(BaseModel):
     """Options of the painter."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    widths: tuple[PositiveInt, ...] = (32, 64, 112, 128)
+    widths: tuple[PositiveInt, ...] = (48, 96, 160, 160)
     """Channels at 1/2, 1/4, ... of the crop's resolution, multiples of 8."""
 
 
@@ -42,28 +36,25 @@ class _Residual(nn.Module):
 
 
 class Painter(nn.Module):
-    """Called with planes of the picture, float ``[B, 3, S / 2, S / 2]``, and of a likeness painted into it.
+    """``forward(float [B, given, S / 2, S / 2])`` -> float ``[B, made, S / 2, S / 2]``; 0 from a fresh one."""
 
-    Gives the change of the likeness's planes; a fresh one changes nothing.
-    """
-
-    def __init__(self, config: PainterConfig) -> None:
+    def __init__(self, config: PainterConfig, *, given: int, made: int) -> None:
         super().__init__()
         widths = config.widths
-        self.stem = nn.Conv2d(2 * PLANES, widths[0], 3, padding=1)
+        self.stem = nn.Conv2d(given, widths[0], 3, padding=1)
         self.encoder = nn.ModuleList(_Residual(w) for w in widths)
         self.down = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairwise(widths))
         self.up = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in pairwise(widths))
         self.merge = nn.ModuleList(nn.Conv2d(2 * a, a, 1) for a in widths[:-1])
         self.decoder = nn.ModuleList(_Residual(w) for w in widths)
         self.norm = nn.GroupNorm(8, widths[0])
-        self.head = nn.Conv2d(widths[0], PLANES, 3, padding=1)
+        self.head = nn.Conv2d(widths[0], made, 3, padding=1)
         nn.init.zeros_(self.head.weight)
         if self.head.bias is not None:
             nn.init.zeros_(self.head.bias)
 
-    def forward(self, picture: Tensor, likeness: Tensor) -> Tensor:
-        x = self.stem(torch.cat([picture, likeness], dim=1))
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
         skips: list[Tensor] = []
         last = len(self.encoder) - 1
         for level, block in enumerate(self.encoder):
