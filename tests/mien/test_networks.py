@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from mien import networks
-from mien.networks import eigenface
 from mien.networks.blocks import head_mask
+from mien.networks.painter import PainterConfig
 from mien.networks.wavelet import analyse, synthesise
 
 BITS, SIZE = 16, 128
@@ -17,16 +17,17 @@ SMALL: dict[str, networks.AnyConfig] = {
     "resnet-batch": networks.ResNetConfig(width=8, blocks=2, norm="batch"),
     "unet": networks.UNetConfig(widths=(8, 16, 16)),
     "coupling": networks.CouplingConfig(widths=(16, 16)),
-    "eigenface": networks.EigenfaceConfig(
-        turned=(60, 40),
-        robust=(50, 35),
-        colour=(20, 12),
-        grain=(150, 160),
-        grain_deviation=0.15,
-        fine_deviation=0.6,
+    "cover": networks.CoverConfig(
+        leading_luma=3,
+        leading_colour=2,
+        landmarks=2,
+        luma=40,
+        colour=12,
+        robust=(30, 8),
         likenesses=16,
         widths=(8, 16),
         features=32,
+        painter=PainterConfig(widths=(8, 16)),
     ),
 }
 
@@ -110,97 +111,6 @@ def test_the_coupling_network_recovers_by_construction_whatever_its_weights() ->
         near_miss = -codes.clone()
         near_miss[:, 0] *= -1
         assert (network(changed, near_miss) - images).abs().mean() > 1e-3
-
-
-def _calm(network: nn.Module) -> networks.EigenfaceTransformer:
-    """Eigenfaces whose faces and grain are of the sizes that photos have, so that nothing is clipped."""
-    assert isinstance(network, networks.EigenfaceTransformer)
-    network.deviation.fill_(0.1)
-    network.likenesses.faces.mul_(0.5)
-    return network
-
-
-def test_the_eigenface_transformer_recovers_by_construction_and_gives_another_face_for_every_bit() -> None:
-    network = _calm(_network("eigenface"))
-    images, codes = _input(4)
-    images = images * 0.3
-    with torch.inference_mode():
-        changed = network(images, codes)
-        assert (changed - images).abs().mean() > 0.01
-        # Single precision, through the saturating stretch and back.
-        assert torch.allclose(network(changed, -codes), images, atol=2e-5)
-        # So does every chain that comes back to where it began.
-        assert torch.allclose(network(network(images, -codes), codes), images, atol=2e-5)
-        wrong = network(changed, -_input(4, seed=9)[1])
-        for bit in range(BITS):
-            near_miss = -codes.clone()
-            near_miss[:, bit] *= -1
-            missed = network(changed, near_miss)
-            # As far from the face as with any other password.
-            assert (missed - images).abs().mean() > 0.5 * (wrong - images).abs().mean()
-
-
-def test_the_eigenface_transformer_leaves_its_context_alone() -> None:
-    network = _calm(_network("eigenface", SIZE))
-    images, codes = _input(2, SIZE)
-    images = images * 0.3
-    with torch.inference_mode():
-        changed = network(images, codes)
-        before, after = (eigenface.stretch(x) for x in (images, changed))
-        assert torch.allclose(network.surroundings(before), network.surroundings(after), atol=1e-5)
-        assert torch.allclose(network.analyse(before)[0], network.analyse(after)[0], atol=1e-4)
-    outside = torch.nn.functional.interpolate(
-        (eigenface.coarse_mask(SIZE) <= 2e-3).float()[None, None], scale_factor=2
-    )[0, 0].bool()
-    assert 0.4 < outside.float().mean() < 0.9
-    assert torch.allclose(changed[..., outside], images[..., outside], atol=1e-6)
-
-
-def test_coordinates_of_a_face_are_read_as_they_were_written() -> None:
-    network = _calm(_network("eigenface"))
-    for side in network._sides():  # axes of luma and colour together, as a fit makes them
-        colours, turned = side.axes.shape
-        both = torch.linalg.qr(torch.randn(side.luma.shape[1] + colours, turned))[0]
-        side.luma.copy_(side.luma @ both[:-colours])
-        side.axes.copy_(both[-colours:])
-    stretched = eigenface.stretch(_input(2)[0] * 0.3)
-    parts = network.analyse(stretched)
-    more = eigenface.Parts(*(torch.randn_like(part) * 0.1 for part in parts))
-    after = network.analyse(stretched + network.synthesise(more))
-    assert torch.allclose(after.leading, parts.leading, atol=1e-4)
-    for old, new, change in zip(parts[1:], after[1:], more[1:], strict=True):
-        assert torch.allclose(new - old, change, atol=1e-4)
-
-
-def test_codes_one_bit_apart_never_pick_the_same_likeness() -> None:
-    for bits in (16, 64):
-        likenesses = eigenface.Likenesses(64, 8, bits=bits, seed=0)
-        codes = torch.randint(0, 2, (50, bits), generator=torch.Generator().manual_seed(2)).float() - 0.5
-        assert len(torch.unique(likenesses(codes), dim=0)) > 25
-        for bit in range(bits):
-            other = codes.clone()
-            other[:, bit] *= -1
-            assert ((likenesses(codes) - likenesses(other)).abs().sum(dim=1) > 0.1).all()
-
-
-def test_a_loaded_eigenface_transformer_is_the_one_saved() -> None:
-    network, other = _network("eigenface"), networks.build(SMALL["eigenface"], bits=BITS, size=64).eval()
-    images, codes = _input(2)
-    with torch.inference_mode():
-        assert not torch.allclose(network(images, codes), other(images, codes), atol=1e-3)
-        other.load_state_dict(network.state_dict())
-        assert torch.equal(network(images, codes), other(images, codes))
-
-
-def test_eigenfaces_that_no_face_has_are_refused() -> None:
-    with pytest.raises(ValueError, match="power of two"):
-        networks.EigenfaceConfig(likenesses=300)
-    with pytest.raises(ValueError, match="cannot hold"):
-        networks.EigenfaceConfig(grain=(10, 10))
-    with pytest.raises(ValueError, match="not as many coordinates"):
-        networks.build(networks.EigenfaceConfig(), bits=BITS, size=64)
-    with pytest.raises(ValueError, match="100 px"):
-        networks.build(networks.EigenfaceConfig(), bits=BITS, size=100)
 
 
 @pytest.mark.parametrize("name", ["unet", "coupling"])

@@ -1,53 +1,58 @@
-"""An eigenface transformer whose likenesses are fitted into the picture."""
+"""A cover transformer whose likenesses are fitted into the picture."""
+
+from __future__ import annotations
 
 import torch
 
-from mien import networks
-from mien.networks.painter import PainterConfig
-
-BITS, SIZE = 16, 64
-CONFIG = networks.EigenfaceConfig(
-    turned=(60, 40), robust=(50, 35), colour=(20, 12), grain=(150, 160), likenesses=16, widths=(8, 16), features=32,
-    painter=PainterConfig(widths=(8, 16)),
-)  # fmt: skip
-
-
-def _network(*, painting: bool) -> networks.EigenfaceTransformer:
-    torch.manual_seed(0)
-    network = networks.build(CONFIG, bits=BITS, size=SIZE).eval()
-    assert isinstance(network, networks.EigenfaceTransformer) and network.painter is not None
-    with torch.no_grad():
-        network.likenesses.faces.mul_(0.3)
-        if painting:
-            network.painter.head.weight.normal_(std=0.02)
-    return network
-
-
-def _input() -> tuple[torch.Tensor, torch.Tensor]:
-    torch.manual_seed(1)
-    return torch.rand(2, 3, SIZE, SIZE) * 0.6 - 0.3, networks.codes_to_tensor(torch.rand(2, BITS) < 0.5)
+from mien.networks import cover
+from mien.networks.painter import Painter, PainterConfig
+from tests.mien.cover_parts import CONFIG, blurred, draw, fresh
 
 
 @torch.no_grad()
-def test_a_painted_face_is_recovered_by_construction() -> None:
-    network, (images, codes) = _network(painting=True), _input()
-    changed = network(images, codes)
-    assert (network(changed, -codes) - images).abs().max() < 2e-3
-    assert (changed - _network(painting=False)(images, codes)).abs().max() > 0.01  # it was painted
+def test_a_fresh_painter_shows_likenesses_as_they_are() -> None:
+    plain = fresh(config=CONFIG.model_copy(update={"painter": None}))
+    network, painting = fresh(), fresh(painting=True)
+    for other in (network, painting):
+        other.load_state_dict(plain.state_dict(), strict=False)
+    images, likeness = blurred(), plain.likenesses(draw(4))
+    shown = plain.painted(images, likeness)
+    assert (shown - images).abs().mean() > 0.01
+    assert torch.equal(network.painted(images, likeness), shown)
+    assert (painting.painted(images, likeness) - shown).abs().max() > 0.01
 
 
 @torch.no_grad()
-def test_a_fresh_painter_shows_likenesses_nearly_as_they_are() -> None:
-    network, (_, codes) = _network(painting=False), _input()
-    likeness = network.likenesses(codes)
-    shown = network.shown(codes, torch.zeros(2, 3, SIZE // 2, SIZE // 2))
-    likeness = torch.nn.functional.pad(likeness[:, network.order], (0, shown.shape[1] - likeness.shape[1]))
-    assert (shown - likeness).abs().max() < 0.02 * likeness.abs().max()
+def test_what_is_painted_depends_on_the_context_and_the_likeness_alone() -> None:
+    network = fresh(painting=True)
+    images, likeness = blurred(), network.likenesses(draw(4))
+    seen = network.observe(cover.stretch(images))
+    shown = network.paint(seen, likeness)
+    # It can be painted again from what is left of the picture, to a quarter of a grey level.
+    again = network.paint(network.observe(shown), likeness)
+    assert (again - shown).abs().max() < 0.25 * 0.9 / 127.5
+    assert (network.paint(seen, likeness.flip(0)) - shown).abs().max() > 0.05
 
 
 def test_only_the_painter_learns_and_only_from_what_is_seen() -> None:
-    network, (images, codes) = _network(painting=True).train(), _input()
+    network, images, codes = fresh(painting=True).train(), blurred(), draw(4)
     assert not network.context.training
-    network(images, codes).square().mean().backward()
+    made = network(images, codes)
+    assert torch.equal(made, network.painted(images, network.likenesses(codes)))  # nothing is hidden
+    made.square().mean().backward()
     learning = {n.split(".")[0] for n, p in network.named_parameters() if p.grad is not None}
     assert learning == {"painter"}
+    assert all(p.grad is not None and p.grad.any() for p in network.painter.head.parameters())
+
+
+def test_a_painter_sees_every_part_of_what_it_is_given() -> None:
+    torch.manual_seed(0)
+    painter = Painter(PainterConfig(widths=(8, 16)), given=5, made=2)
+    x = torch.randn(1, 5, 32, 32, requires_grad=True)
+    assert not painter(x).any()
+    torch.nn.init.normal_(painter.head.weight)
+    out = painter(x)
+    assert out.shape == (1, 2, 32, 32)
+    out[0, :, 16, 16].sum().backward()
+    assert x.grad is not None and (x.grad.abs().sum(dim=(0, 2, 3)) > 0).all()
+    assert (x.grad[0, :, 16].abs().sum(dim=0) > 0).sum() > 16  # and far around
