@@ -97,6 +97,11 @@ class WeightsConfig(Config):
         0.0,
         description="MTCNN's box and landmarks of A and WR against those of I, and its doubt (needs facenet-pytorch)",
     )
+    own: NonNegativeFloat = Field(0.0, description="cover: L1 of I and I with its own likeness painted into it")
+    own_perceptual: NonNegativeFloat = Field(0.0, description="cover: LPIPS of the same")
+    steady: NonNegativeFloat = Field(
+        0.0, description="cover: L1 of what is painted into I and into the saved A: recovery paints it again"
+    )
     roughness: NonNegativeFloat = Field(0.0, description="Laplacian of A - I and WR - I: no lattices")
     range: NonNegativeFloat = Field(0.0, description="pixels outside [-1, 1], which saving would clip away")
 
@@ -125,7 +130,8 @@ class ObjectiveConfig(Config):
 
     @model_validator(mode="after")
     def _perceptual_needs_weights(self) -> Self:
-        if (self.weights.perceptual or self.weights.likeness) and not self.perceptual_weights:
+        weights = self.weights
+        if (weights.perceptual or weights.likeness or weights.own_perceptual) and not self.perceptual_weights:
             raise ValueError("objective.perceptual_weights names the LPIPS file that the perceptual terms need")
         return self
 
@@ -239,7 +245,7 @@ def override(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
 
 def validate(raw: dict[str, Any]) -> RunConfig:
     """A mapping as a config, ``${MIEN_SHARED}`` filled in; raises ValueError."""
-    return RunConfig.model_validate(_expand(raw))
+    return RunConfig.model_validate(expand(raw))
 
 
 def _parse(value: str) -> Any:
@@ -258,9 +264,10 @@ def _assign(tree: dict[str, Any], keys: list[str], value: Any) -> None:
     tree[keys[-1]] = value
 
 
-def _expand(value: Any) -> Any:
+def expand(value: Any) -> Any:
+    """A config's mapping with ``${MIEN_SHARED}`` filled in, default ``../shared``."""
     if isinstance(value, dict):
-        return {k: _expand(v) for k, v in value.items()}
+        return {k: expand(v) for k, v in value.items()}
     if isinstance(value, str) and "${MIEN_SHARED}" in value:
         return value.replace("${MIEN_SHARED}", os.environ.get("MIEN_SHARED", "../shared"))
     return value

@@ -151,7 +151,7 @@ def _crops(network: CoverTransformer, shards: Faces, device: torch.device) -> Cr
 
 
 def _eigenfaces(network: CoverTransformer, crops: Crops) -> None:
-    """The principal axes of luma and of colour, mirrored faces too; the leading ones first, then what tells landmarks."""
+    """The principal axes of luma and of colour, mirrored faces too: leading ones, what tells landmarks, others."""
     config = network.config
     lead, read = config.leading_luma, config.landmarks
     flip = _mirror(network, network.inner)
@@ -181,7 +181,7 @@ def _mirror(network: CoverTransformer, blocks: Tensor) -> Tensor:
 
 
 def _principal(data: Tensor, flip: Tensor | None, count: int) -> Tensor:
-    """The ``count`` leading right singular vectors of ``data`` float ``[M, P]``, and of its mirror image, as columns."""
+    """The ``count`` leading right singular vectors of ``data`` float ``[M, P]``, and of its mirror image."""
     square = data.T @ data
     if flip is not None:
         square = (square + square[flip][:, flip]) / 2

@@ -123,7 +123,7 @@ class Fitted:
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> FitConfig:
     """Read a fit's config and apply ``a.b.c=value`` overrides; raises ValueError that says what is not allowed."""
-    return FitConfig.model_validate(run_config.read(path, overrides))
+    return FitConfig.model_validate(run_config.expand(run_config.read(path, overrides)))
 
 
 def run(config: FitConfig) -> Fitted:

@@ -224,7 +224,10 @@ def _start(config: RunConfig, where: str, trainer: Trainer) -> str:
 
     network, model = store.load(registry.fetch(where) if where.startswith("models:") else where)
     for name in ("architecture", "bits", "crop_size"):
-        if (mine := getattr(config, name)) != (theirs := getattr(model, name)):
+        mine, theirs = getattr(config, name), getattr(model, name)
+        if name == "architecture" and isinstance(theirs, networks.CoverConfig) and theirs.painter is None:
+            theirs = theirs.model_copy(update={"painter": getattr(mine, "painter", None)})
+        if mine != theirs:
             raise ValueError(f"start: {where} has {name} {theirs}, this run {mine}; give both the same")
     trainer.start_from(network)
     logger.info("beginning with the weights of %s, digest %s", where, model.digest[:12])

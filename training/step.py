@@ -446,6 +446,8 @@ class Trainer:
                 if w.likeness:
                     distances = [self.features.distance(real, self.features(x)).float().mean() for x in changed]
                     terms["likeness"] = (w.likeness, torch.stack(distances).mean())
+            if w.own or w.own_perceptual or w.steady:
+                terms |= self._painted(micro, made["A1"])
             if self.pose is not None:
                 placed = jitter(draws, len(images)).to(self.device)
                 with torch.no_grad():
@@ -466,6 +468,30 @@ class Trainer:
         for name, (_, value) in terms.items():
             figures.add(name, value, shares[name])
         return torch.stack([factor * shares[name] * value for name, (factor, value) in terms.items()]).sum()
+
+    def _painted(self, micro: Micro, anonymized: Tensor) -> dict[str, tuple[float, Tensor]]:
+        """Terms on what a cover transformer paints: the face's own likeness, and the same face into the saved A."""
+        network, w, images = self.transformer, self.config.objective.weights, micro.images
+        if not isinstance(network, networks.CoverTransformer):
+            raise ValueError("objective.weights.own, own_perceptual and steady are of the cover transformer")
+        terms: dict[str, tuple[float, Tensor]] = {}
+        if w.own or w.own_perceptual:
+            own = network.painted(images, network.own(images)).float()
+            if w.own:
+                terms["own"] = (w.own, F.l1_loss(own, images))
+            if w.own_perceptual and self.features is not None:
+                distance = self.features.distance(self.features(own), self.features(images))
+                terms["own_perceptual"] = (w.own_perceptual, distance.float().mean())
+        if w.steady:
+            o = self.config.objective
+            with torch.no_grad():
+                generator = micro.draws(_SAVING).generator()
+                saved = saving.save(
+                    anonymized.detach(), jpeg_share=o.save_jpeg, rescale_share=o.save_rescale, generator=generator
+                )
+            again = network.painted(saved, network.likenesses(micro.codes.first)).float()
+            terms["steady"] = (w.steady, F.l1_loss(again, anonymized.detach()))
+        return terms
 
     @torch.no_grad()
     def _average_buffers(self) -> None:
@@ -509,8 +535,13 @@ class Trainer:
     # -- what it begins with ------------------------------------------------------------------------------------------
 
     def start_from(self, transformer: nn.Module) -> None:
-        """Begin with a trained T of the same architecture, in place of random weights; its average with it."""
-        self.transformer.load_state_dict(transformer.state_dict())
+        """Begin with a trained T of the same architecture, in place of random weights; its average with it.
+
+        A T without a painter is given a fresh one.
+        """
+        state = transformer.state_dict()
+        fresh = {k: v for k, v in self.transformer.state_dict().items() if k.startswith("painter.") and k not in state}
+        self.transformer.load_state_dict(state | fresh)
         self.world.broadcast_(self.transformer)
         self.ema.load_state_dict(self.transformer.state_dict())
         self.players["transformer"].weights_were_set()

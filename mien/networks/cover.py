@@ -107,6 +107,14 @@ def radius(size: int) -> Tensor:
     return ((((x - 0.5) / 0.32).abs() ** 2.5 + ((y - 0.60) / 0.40).abs() ** 2.5) ** (1 / 2.5)).float()
 
 
+def _left_over(away: Tensor, size: int) -> Tensor:
+    """The share of the real picture that a painted one shows, float ``[S, S]``: 0 in inner blocks, 1 outside."""
+    ramp = ((radius(size) - _INNER) / (1 - _INNER)).clamp(0, 1)
+    left = _LEFT + (1 - _LEFT) * ramp * ramp * (3 - 2 * ramp)
+    blocks = away.repeat_interleave(2, dim=0).repeat_interleave(2, dim=1)
+    return torch.where(blocks < _INNER, 0.0, torch.where(blocks < 1, left, 1.0))
+
+
 def stretch(images: Tensor) -> Tensor:
     """Images float in [-1, 1] to the scale on which changes are added."""
     return torch.atanh((_SQUEEZE * images).clamp(-_LIMIT, _LIMIT))
@@ -227,7 +235,8 @@ class Mixing(nn.Module):
 
     def _transform(self, x: Tensor, *, back: bool = False) -> Tensor:
         rows, columns = (self.rows.T, self.columns.T) if back else (self.rows, self.columns)
-        return (rows @ x.view(len(x), len(rows), len(columns)) @ columns.T).flatten(1)
+        out: Tensor = (rows @ x.view(len(x), len(rows), len(columns)) @ columns.T).flatten(1)
+        return out
 
 
 def _cosines(size: int) -> Tensor:
@@ -235,7 +244,8 @@ def _cosines(size: int) -> Tensor:
     n = torch.arange(size, dtype=torch.float64)
     basis = torch.cos((2 * n[None, :] + 1) * n[:, None] * (torch.pi / (2 * size))) * (2 / size) ** 0.5
     basis[0] *= 0.5**0.5
-    return basis.float()
+    out: Tensor = basis.float()
+    return out
 
 
 class Complement:
@@ -249,7 +259,7 @@ class Complement:
     """
 
     def __init__(self, columns: Tensor) -> None:
-        n, self.count = columns.shape
+        self.count = columns.shape[1]
         packed, tau = torch.geqrf(columns.detach().double().cpu())
         v = packed.tril(-1)
         v[range(self.count), range(self.count)] = 1
@@ -307,6 +317,15 @@ class Seen(NamedTuple):
     """Mean of the face's coordinates, in deviations, float ``[B, luma + colour]``."""
 
 
+class _WorkedOut(NamedTuple):
+    """What follows from the leading eigenfaces and is not stored."""
+
+    luma: Complement
+    colour: Complement
+    patterns: Tensor
+    """Smooth planes that raise one leading coordinate by 1 and no other, float ``[leading, 3 S S]``."""
+
+
 class CoverTransformer(nn.Module):
     """See the module's docstring; called as :mod:`mien.networks` says. A fresh one has random eigenfaces."""
 
@@ -334,12 +353,8 @@ class CoverTransformer(nn.Module):
         self.register_buffer("area", (away < 1).float(), persistent=False)
         self.register_buffer("outside", (away >= 1).float(), persistent=False)
         self.register_buffer("inner", (away < _INNER).reshape(-1).nonzero()[:, 0], persistent=False)
-        self.register_buffer(
-            "ring", ((away >= _INNER) & (away < 1)).reshape(-1).nonzero()[:, 0], persistent=False
-        )
-        ramp = ((away - _INNER) / (1 - _INNER)).clamp(0, 1)
-        left = (_LEFT + (1 - _LEFT) * ramp * ramp * (3 - 2 * ramp)) * (away >= _INNER)
-        self.register_buffer("left", F.interpolate(left[None, None], scale_factor=2), persistent=False)
+        self.register_buffer("ring", ((away >= _INNER) & (away < 1)).reshape(-1).nonzero()[:, 0], persistent=False)
+        self.register_buffer("left", _left_over(away, size)[None, None], persistent=False)
         n, around = len(self.inner), len(self.ring)
         lead, lead_colour = config.leading_luma + config.landmarks, config.leading_colour
         columns, colours = lead + config.luma, lead_colour + config.colour
@@ -363,7 +378,7 @@ class CoverTransformer(nn.Module):
             self.context.requires_grad_(False)
         self.mix_robust = Mixing(n - lead, bits=bits, seed=1)
         self.mix_fine = Mixing(11 * n - lead_colour, bits=bits, seed=2)
-        self._free: tuple[Complement, Complement] | None = None
+        self._ready: _WorkedOut | None = None
         if sum(config.robust) + _PATTERN > self.mix_robust.size:
             raise ValueError(f"a face of {n} blocks cannot hide {sum(config.robust)} numbers")
 
@@ -396,11 +411,23 @@ class CoverTransformer(nn.Module):
             images: float ``[B, 3, S, S]`` in [-1, 1].
             likeness: in deviations from the mean of the context, float ``[B, luma + colour]``.
         """
-        with torch.autocast(images.device.type, enabled=False), torch.no_grad():
+        with torch.autocast(images.device.type, enabled=False):
+            with torch.no_grad():
+                stretched = stretch(images.float())
+                seen = self.observe(stretched)
+            shown = self.paint(seen, likeness)
+            return unstretch(shown + self.left * (stretched - shown))
+
+    @torch.no_grad()
+    def own(self, images: Tensor) -> Tensor:
+        """The likeness of each picture's own face; for training.
+
+        Args:
+            images: float ``[B, 3, S, S]`` in [-1, 1].
+        """
+        with torch.autocast(images.device.type, enabled=False):
             stretched = stretch(images.float())
-            seen = self.observe(stretched)
-        shown = self.paint(seen, likeness)
-        return unstretch(shown + self.left * (stretched - shown))
+            return self.coordinates(stretched, self.observe(stretched))
 
     # -- the context ------------------------------------------------------------------------------------------------
 
@@ -451,7 +478,7 @@ class CoverTransformer(nn.Module):
         fine = foretold(low) * self.area
         if self.painter:
             plain = self.plan(seen, torch.zeros_like(likeness))
-            masks = torch.stack([self.outside, self.left[0, 0, ::2, ::2]]).expand(len(low), -1, -1, -1)
+            masks = torch.stack([self.outside, F.avg_pool2d(self.left, 2)[0, 0]]).expand(len(low), -1, -1, -1)
             given = torch.cat([seen.outside.flatten(1, 2), plain, low, masks], dim=1)
             # Half precision costs nothing while it is trained; what is served must come out the same twice.
             with torch.autocast(low.device.type, dtype=torch.bfloat16, enabled=self.training and low.is_cuda):
@@ -466,12 +493,10 @@ class CoverTransformer(nn.Module):
         """The picture with the leading coordinates that it shall have."""
         a, b = self._leads()
         luma, colour = self.inside(F.avg_pool2d(planes_of(stretched), 2) - self.mean)
-        luma = (leading[:, :a] - luma @ self.luma[:, :a]) @ self.luma[:, :a].T
-        colour = (leading[:, a:] - colour @ self.colour[:, :b]) @ self.colour[:, :b].T
-        low = self.put(luma, colour)
-        return stretched + stretched_of(F.interpolate(low, scale_factor=2.0, mode="nearest"))
+        lack = leading - torch.cat([luma @ self.luma[:, :a], colour @ self.colour[:, :b]], dim=1)
+        return stretched + stretched_of((lack @ self._worked_out().patterns).view_as(stretched))
 
-    # -- the face that is hidden ----------------------------------------------------------------------------------------
+    # -- the face that is hidden ------------------------------------------------------------------------------------
 
     def cover(self, stretched: Tensor, seen: Seen, shown: Tensor, codes: Tensor) -> Tensor:
         """The painted picture with the real one hidden in it.
@@ -486,7 +511,7 @@ class CoverTransformer(nn.Module):
         a, b = self._leads()
         count, n = len(shown), len(self.inner)
         robust_level, fine_level = self._amplitudes()
-        free_luma, free_colour = self._complements()
+        free_luma, free_colour = self._worked_out()[:2]
         luma = free_luma.into(self._carried(self.mix_robust, robust, codes, n - a)) * robust_level
         carried = self._carried(self.mix_fine, fine, codes, 11 * n - b) * fine_level
         colour, details = free_colour.into(carried[:, : 2 * n - b]), carried[:, 2 * n - b :].view(count, 3, 3, n)
@@ -509,7 +534,7 @@ class CoverTransformer(nn.Module):
         beyond = analyse_blocks(planes_of(stretched - expected)).flatten(3)[..., self.inner]
         low = beyond[:, :, 0].flatten(1)
         robust_level, fine_level = self._amplitudes()
-        free_luma, free_colour = self._complements()
+        free_luma, free_colour = self._worked_out()[:2]
         carried = torch.cat([free_colour.of(low[:, n:]), beyond[:, :, 1:].flatten(1)], dim=1)
         scales, fine_scales = self.scales()
         robust, found = self._read(self.mix_robust, free_luma.of(low[:, :n]) / robust_level, codes, scales)
@@ -597,15 +622,21 @@ class CoverTransformer(nn.Module):
         likely = gain * variance / (gain.square() * variance + noise)
         return found[:, :secrets] * likely * scales, mean > _FOUND * power.sqrt()
 
-    def _complements(self) -> tuple[Complement, Complement]:
-        a, b = self._leads()
-        if self._free is None or self._free[0].v.device != self.luma.device:
-            self._free = Complement(self.luma[:, :a]), Complement(self.colour[:, :b])
-        return self._free
+    def _worked_out(self) -> _WorkedOut:
+        if self._ready is None or self._ready.patterns.device != self.luma.device:
+            a, b = self._leads()
+            luma, colour = self.luma[:, :a].detach(), self.colour[:, :b].detach()
+            low = self.put(F.pad(luma.T, (0, 0, 0, b)), F.pad(colour.T, (0, 0, a, 0)))
+            smooth = F.interpolate(low, scale_factor=2.0, mode="bicubic", align_corners=False)
+            y, c = self.inside(F.avg_pool2d(smooth, 2))
+            moved = torch.cat([y @ luma, c @ colour], dim=1)
+            patterns = torch.linalg.solve(moved.double(), smooth.flatten(1).double()).to(smooth)
+            self._ready = _WorkedOut(Complement(luma), Complement(colour), patterns)
+        return self._ready
 
     def forget(self) -> None:
         """Work out anew what depends on the leading eigenfaces: they are other ones now."""
-        self._free = None
+        self._ready = None
 
     def _load_from_state_dict(self, *arguments: Any, **more: Any) -> None:
         super()._load_from_state_dict(*arguments, **more)

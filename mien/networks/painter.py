@@ -6,10 +6,12 @@ It sees what a reversible transformer never changes, so that it paints the same 
 from __future__ import annotations
 
 from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor, nn
+
 
 class PainterConfig(BaseModel):
     """Options of the painter."""
