@@ -10,13 +10,13 @@ import pytest
 
 import storage
 from mien import store
-from mien.networks.eigenface import EigenfaceConfig
+from mien.networks.cover import CoverConfig
 from services.promote import cli as promote
 from storage import registry
 from tests.s3 import S3Server, s3_server
 from tests.training.conftest import write_shards
 from tests.training.launch import Start, environment, free_port, wait_for
-from training import eigenface, fit
+from training import cover, fit
 
 __all__ = ["s3_server"]
 
@@ -26,9 +26,9 @@ ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "training" / "configs" / "fit" / "mien-128.yaml"
 # Few eigenfaces, samples and steps: what is tested is the road, not the model.
 SMALL = [
-    'architecture={"name": "eigenface", "leading_luma": [2, 1], "leading_colour": [1, 1], "turned": [20, 12],'
-    ' "robust": [16, 9], "colour": [8, 6], "grain": [120, 140], "likenesses": 16, "widths": [8, 16], "features": 32}',
-    "eigenfaces=[24, 16]", "bits=16", "steps=4", "batch=8", "recogniser=null", "device=cpu", "threads=1", "patience=20",
+    'architecture={"name": "cover", "leading_luma": 3, "leading_colour": 2, "landmarks": 2, "luma": 40, "colour": 12,'
+    ' "robust": [30, 8], "likenesses": 16, "widths": [8, 16], "features": 32, "painter": {"widths": [8, 16]}}',
+    "bits=16", "steps=20", "batch=8", "recogniser=null", "device=cpu", "threads=1", "patience=20",
 ]  # fmt: skip
 
 
@@ -80,18 +80,18 @@ def test_a_fit_from_s3_is_a_candidate_that_promotion_asks_for_its_report(
     folder = tmp_path / "one" / "mien-128"
     assert said[-2].startswith("models:/mien/1 is the candidate") and said[-1] == str(tmp_path / "model")
     network, config = store.load(registry.fetch("models:/mien@candidate"))
-    assert network.config.turned == (20, 12) and config.bits == 16 and config.images_seen == 32
+    assert network.config.luma == 40 and config.bits == 16 and config.images_seen == 160
     assert (folder / "model" / store.WEIGHTS).read_bytes() == (tmp_path / "model" / store.WEIGHTS).read_bytes()
 
     client = mlflow.MlflowClient(server, server)
     version = client.get_model_version_by_alias("mien", "candidate")
     made = client.get_run(version.run_id)
     assert made.info.status == "FINISHED" and made.data.params["architecture.likenesses"] == "16"
-    assert made.data.metrics.keys() >= {"val/explained", "val/energy", "val/grain", "val/L1_I_R", "seconds"}
+    assert made.data.metrics.keys() >= {"val/explained", "val/energy", "val/L1_I_R", "seconds"}
     assert made.data.metrics["val/L1_I_R"] < 0.02 < made.data.metrics["val/L1_I_A1"]
     assert version.tags["digest"] == config.digest and version.tags["data_digest"] == config.data_digest
     assert made.inputs.dataset_inputs[0].dataset.digest == config.data_digest[:36]
-    assert [f.path for f in client.list_artifacts(version.run_id, "samples")] == ["samples/nimg-000000000032.png"]
+    assert [f.path for f in client.list_artifacts(version.run_id, "samples")] == ["samples/nimg-000000000160.png"]
     assert "no recogniser" in version.description
 
     # A pod that comes again begins with an empty disk: the same run, the same weights, no second version.
@@ -127,15 +127,14 @@ def test_what_is_away_may_be_tried_again_and_what_is_wrong_may_not(
     assert fit.main([*command, f"data.shards={tmp_path / 'nothing'}"]) == 1
     assert "manifest.json" in capsys.readouterr().err
     assert fit.main([*command, "step=1"]) == 1 and "step" in capsys.readouterr().err
-    assert fit.main([*command, "--dry-run"]) == 0 and '"steps": 4' in capsys.readouterr().out
+    assert fit.main([*command, "--dry-run"]) == 0 and '"steps": 20' in capsys.readouterr().out
 
 
-def test_the_config_that_ships_is_the_fit_of_make_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """``training.eigenface`` with its defaults and ``training.fit`` with the shipped config are one fit."""
+def test_the_config_that_ships_is_a_cover_transformer_with_its_defaults() -> None:
     config = fit.load(SHIPPED)
-    assert config.architecture == EigenfaceConfig() and config.eigenfaces == eigenface.EIGENFACES
-    arguments = ["eigenface", "--shards", "nowhere", "--out", str(tmp_path / "model"), "--dry-run"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    assert eigenface.main() == 0 and f"{config.architecture!r}" in capsys.readouterr().out
+    assert config.architecture == CoverConfig() and config.bits == 64
+    assert config.recogniser is not None and config.recogniser.steps == cover.APART
+    # What shall tell likenesses apart is found where the data are.
+    assert "$" not in config.recogniser.weights and config.recogniser.weights.endswith(
+        "mobilefacenet_casia.safetensors"
+    )

@@ -90,7 +90,7 @@ def test_a_plan_on_a_bare_machine(pieces: Path, shards: Path, tmp_path: Path) ->
     (tmp_path / "plan").write_text(
         "# the paper's own configuration, in so far as it fits\n"
         f"240 python -m training --config training/configs/paper.yaml {small} --stop-at 4 &\n"
-        "240 python -m training.eigenface --help &\n"
+        "240 python -m training.fit --help &\n"
         "1 trap 'echo saved; exit 0' TERM; while sleep 0.1; do :; done\n"
     )
     ran = subprocess.run(
