@@ -15,7 +15,7 @@ from typing import Any, Final
 from services.evaluate import baselines, judges, paper
 from services.evaluate.files import LOSSY
 from services.evaluate.parts import ablations, verification
-from services.evaluate.parts.attacks_rotations import KNOWN_PAIRS
+from services.evaluate.parts.attacks_cover import FEW_PAIRS, KNOWN_PAIRS
 
 WORDS: Final[dict[str, tuple[str, ...]]] = {
     "judge": tuple(judges.JUDGES),
@@ -32,6 +32,7 @@ WORDS: Final[dict[str, tuple[str, ...]]] = {
     "score": ("best-looking", "best-detected", "shortest", "smoothest", "round-trip", "grid"),
     "file": ("png", *LOSSY),
     "pairs": tuple(str(n) for n in KNOWN_PAIRS),
+    "few": tuple(str(n) for n in FEW_PAIRS),
     "setting": (
         "lossless",
         "h264-444-crf5",
@@ -199,20 +200,27 @@ KEYS: Final[dict[str, tuple[Key, ...]]] = {
         Key("attack.known-pairs.<pairs>.chance", "the anonymized face itself passes"),
         Key("attack.known-pairs.<pairs>.psnr", "what is opened so, against I, dB", "interval"),
         Key("attack.known-pairs.<pairs>.explained", "of the variance of the hidden face, solved so", "interval"),
-        Key("attack.latent-search.success", "one pair and the codes of A's likeness give the code", "interval"),
-        Key("attack.latent-search.chance", "2^-bits"),
-        Key("attack.latent-search.codes-left", "codes that pick the likeness that A shows", "interval"),
-        Key("attack.latent-search.seconds", "seconds a pair"),
+        Key("attack.code-of-pairs.<few>.success", "so many pairs of a password give its exact code", "interval"),
+        Key("attack.code-of-pairs.<few>.chance", "2^-bits"),
+        Key("attack.code-of-pairs.<few>.seconds", "seconds a password"),
+        Key("attack.pattern.success", "of the codes tried the right one finds most of the known pattern", "interval"),
+        Key("attack.pattern.chance", "1 / codes tried"),
+        Key("attack.pattern.codes-tried", "codes tried a face, all of which pick the likeness that A shows"),
+        Key("attack.pattern.codes-left", "codes that do, of all there are"),
+        Key("attack.pattern.right.cosine", "of the pattern and what the right code finds", "interval"),
+        Key("attack.pattern.wrong.cosine", "the largest of the wrong codes tried", "interval"),
+        Key("attack.pattern.seconds", "seconds a code"),
+        Key("attack.pattern.hours-for-all-codes", "hours that trying all that are left takes at this speed"),
         Key("attack.likeness.success", "the likeness that the code picked is read from A", "interval"),
         Key("attack.likeness.chance", "1 / likenesses"),
         Key("attack.likeness.bits-told", "bits of the code that it tells"),
-        Key("attack.latent-likelihood.success", "the right code's latents are the likeliest of all tried", "interval"),
-        Key("attack.latent-likelihood.chance", "1 / codes tried"),
-        Key("attack.latent-likelihood.codes-tried", "codes tried a face, the right one among them"),
-        Key("attack.latent-likelihood.auc", "chance that the right one is likelier than a wrong one", "interval"),
-        Key(
-            "attack.latent-likelihood.wrong-codes-above", "wrong codes that are likelier, of all there are", "interval"
-        ),
+        Key("attack.outline.success", "without a code: outline as it was, middle guessed; it passes", "interval"),
+        Key("attack.outline.chance", "A itself does"),
+        Key("attack.outline.psnr", "what is guessed so, against I, dB", "interval"),
+        Key("attack.hidden-linking.success", "of A of one password the nearest hides the same person", "interval"),
+        Key("attack.hidden-linking.chance", "1 / people"),
+        Key("attack.hidden-linking.two-passwords", "the same where each photo has a password of its own", "interval"),
+        Key("attack.hidden-linking.of-input", "the same by what would be hidden of the photos themselves", "interval"),
         Key("attack.invariants.success", "the nearest by what no code changes is the person's I2", "interval"),
         Key("attack.invariants.chance", "1 / gallery"),
         Key("attack.invariants.of-input", "the same of I instead of A", "interval"),

@@ -11,7 +11,7 @@ from mien.store import write_atomically
 from services.evaluate import baselines, keys, paper, plots
 from services.evaluate.figures import Result
 from services.evaluate.parts import ablations
-from services.evaluate.parts.attacks_rotations import KNOWN_PAIRS
+from services.evaluate.parts.attacks_cover import FEW_PAIRS, KNOWN_PAIRS
 from services.gates import Verdict
 
 Flat = Mapping[str, Any]
@@ -81,7 +81,6 @@ ATTACKS: Final = {
     "known-plaintext.climb.other-picture": (
         "... the code it ends at", "the same, and another picture of that password", "it opens: passes as the person"
     ),
-    "latent-search": ("... the codes of A's likeness, in the latents", "the same, and the design", "the exact code"),
     **{
         f"known-pairs.{n}": (
             f"{n} known pair{'s' if n > 1 else ''}",
@@ -90,7 +89,15 @@ ATTACKS: Final = {
         )
         for n in KNOWN_PAIRS
     },
-    "latent-likelihood": ("likeliest latents", "model and design, A", "the right code comes first of all tried"),
+    **{
+        f"code-of-pairs.{n}": (f"{n} known pairs, solved", "the same", "the exact code of the password")
+        for n in FEW_PAIRS
+    },
+    "pattern": ("codes by the known pattern", "model and design, A", "the right code comes first of all tried"),
+    "outline": (
+        "outline undone, middle guessed", "model and design, A", "what comes passes as the person; chance: A does"
+    ),
+    "hidden-linking": ("linking what is hidden", "model and design, A of one password", "the nearest is the person"),
     "likeness": ("the likeness read from A", "model and design, A", "the one the code picked"),
     "invariants": ("what no code changes", "model and design, A, a gallery", "the nearest is the person"),
     "linking": (
@@ -690,9 +697,9 @@ def _attacks(flat: Flat, series: Mapping[str, Any], pictures: Mapping[str, str])
         told, bits = float(flat["attack.likeness.bits-told"]), float(flat["model.bits"])
         section.text.append(
             f"The face that A shows is one of {2.0**told:,.0f} likenesses, which the code picks: where it is read,"
-            f" {told:.0f} of its {bits:.0f} bits are known. And for one password the hidden face is an affine function"
-            " of the picture: enough pairs of original and anonymized picture open every other one of that password,"
-            " whatever the length of its code. Never give out originals of what was published anonymized."
+            f" {told:.0f} of its {bits:.0f} bits are known. And for one password what is hidden is a linear function of"
+            " the real face: a few dozen pairs of original and anonymized picture give the code of that password,"
+            " whatever its length. Never give out originals of what was published anonymized."
         )
     ranks = Table(
         ["does the right one of the candidates come out on top?", "area under the curve (chance 0.5)", "first by eight"]

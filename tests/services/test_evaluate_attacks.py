@@ -12,13 +12,15 @@ import torch
 from numpy.typing import NDArray
 from skimage.transform import resize
 
-from services.evaluate import attackers, keys, rotations
+from mien.networks import CoverTransformer
+from services.evaluate import attackers, covers, keys
 from services.evaluate.chain import Chain, Subject
 from services.evaluate.context import Context
 from services.evaluate.distances import Pixels, to_pixels, to_tensor
 from services.evaluate.faces import Faces
 from services.evaluate.figures import Result
-from services.evaluate.parts import attacks, attacks_known, attacks_rotations, attacks_trained
+from services.evaluate.parts import attacks, attacks_cover, attacks_known, attacks_trained
+from tests.mien.cover_parts import fresh
 from tests.services.stand_ins import BITS, SIZE, context_of, perfect, two_photos_each
 
 Codes = NDArray[np.bool_]
@@ -196,19 +198,12 @@ def test_pictures_of_one_person_are_linked_where_one_password_gives_one_face(noi
     assert lost["attack.linking.success"] <= 0.1
 
 
-# The eigenface transformer. -----------------------------------------------------------------------------------------
+# The cover transformer. ---------------------------------------------------------------------------------------------
 
 
-def eigenface_context(bits: int, people: int = 160, **sizes: int) -> Context:
+def cover_context(bits: int, people: int = 160, **sizes: int) -> Context:
     """The smallest transformer of the kind, its eigenfaces random, on smooth faces of 64 px."""
-    eigenface = pytest.importorskip("mien.networks.eigenface", reason="this version has no eigenface transformer")
-    torch.manual_seed(0)
-    config = eigenface.EigenfaceConfig(
-        leading_luma=(2, 2), leading_colour=(1, 1), turned=(20, 12), robust=(18, 10), colour=(6, 4), grain=(48, 40),
-        likenesses=16, widths=(8, 16), features=16,
-    )  # fmt: skip
-    network = eigenface.EigenfaceTransformer(config, bits=bits, size=64).eval()
-    network.likenesses.faces.mul_(3)  # as far apart as faces are
+    network = fresh(painting=True, bits=bits)
     rng = np.random.default_rng(2)
     first = np.stack([resize(c, (64, 64, 3), order=1, mode="edge") for c in rng.uniform(size=(people, 9, 9, 3))])
     second = first + rng.normal(0, 0.01, size=first.shape)
@@ -218,71 +213,139 @@ def eigenface_context(bits: int, people: int = 160, **sizes: int) -> Context:
 
     @torch.no_grad()
     def transform(images: Pixels, codes: Codes) -> Pixels:
-        return to_pixels(network(to_tensor(images), torch.from_numpy(codes).float() - 0.5))
+        return to_pixels(network(to_tensor(images), covers.signed(codes)))
 
-    context = context_of(transform, faces, candidates_faces=8, climbs=6, attack_test=40, latent_codes=64, **sizes)
-    context.subject = Subject(transform=transform, bits=bits, architecture="eigenface")
-    context.chain = Chain(context.subject, context.sample.faces.images, seed=0, progress=context.progress)
+    context = context_of(transform, faces, candidates_faces=8, attack_test=40, latent_codes=256, linking=60, **sizes)
     context.model = network
+    return judged(context, transform, bits)
+
+
+def judged(context: Context, transform: Transform, bits: int) -> Context:
+    """The context with another transform, and pictures made by that."""
+    context.subject = Subject(transform=transform, bits=bits, architecture="cover")
+    context.chain = Chain(context.subject, context.sample.faces.images, seed=0, progress=context.progress)
     return context
 
 
+def one_password_each(context: Context) -> Context:
+    """Every picture under a code of its own, whatever is asked for: pairs of one password are of many."""
+    transform, bits, rng = context.subject.transform, context.subject.bits, np.random.default_rng(3)
+
+    def apart(images: Pixels, codes: Codes) -> Pixels:
+        return transform(images, rng.integers(0, 2, size=codes.shape).astype(np.bool_))
+
+    return judged(context, apart, bits)
+
+
+def measured(part: Callable[[Context], Result], context: Context) -> dict[str, float]:
+    result = part(context)
+    assert result.figures, result.skipped
+    assert keys.unknown(result.figures) == []
+    return result.figures
+
+
 @pytest.mark.parametrize("bits", [8, 64])
-def test_the_likeness_that_is_shown_tells_bits_and_a_known_original_the_code_of_few_bits(bits: int) -> None:
-    context = eigenface_context(bits)
-    shown = attacks_rotations.likeness(context)
-    assert keys.unknown(shown.figures) == []
-    assert shown.figures["attack.likeness.success"] >= 0.8 and shown.figures["attack.likeness.bits-told"] == 4
-    searched = attacks_rotations.latent_search(context)
-    if bits == 8:
-        assert keys.unknown(searched.figures) == []
-        assert searched.figures["attack.latent-search.success"] >= 0.8
-        assert searched.figures["attack.latent-search.codes-left"] < 64
-    else:
-        assert "too many" in searched.skipped["attack.latent-search"]
-    # Pictures that were never anonymized show no likeness of their code's.
-    context.chain = Chain(replace(context.subject, transform=identity), context.sample.faces.images, seed=0,
-                          progress=context.progress)  # fmt: skip
-    assert attacks_rotations.likeness(context).figures["attack.likeness.success"] <= 0.3
+def test_the_likeness_that_is_shown_tells_bits_and_the_pattern_tells_the_right_code(bits: int) -> None:
+    context = cover_context(bits)
+    shown = measured(attacks_cover.likeness, context)
+    assert shown["attack.likeness.success"] >= 0.9 and shown["attack.likeness.bits-told"] == 4
+    tried = measured(attacks_cover.pattern, context)
+    assert tried["attack.pattern.success"] == 1 and tried["attack.pattern.codes-left"] == 2.0 ** (bits - 4)
+    assert tried["attack.pattern.right.cosine"] > 0.7 > tried["attack.pattern.wrong.cosine"] + 0.2
+    assert tried["attack.pattern.codes-tried"] == {8: 16, 64: 256}[bits]
+    years = tried["attack.pattern.hours-for-all-codes"] / 8766
+    assert years < 1e-6 if bits == 8 else years > 1e3
+    # Pictures that were never anonymized show no likeness of their code's, and hide nothing.
+    blank = judged(context, identity, bits)
+    assert measured(attacks_cover.likeness, blank)["attack.likeness.success"] <= 0.3
+    nothing = measured(attacks_cover.pattern, blank)
+    assert nothing["attack.pattern.success"] <= 0.3 and nothing["attack.pattern.right.cosine"] < 0.3
+
+
+def test_codes_are_turned_into_others_that_pick_one_likeness() -> None:
+    network = cover_context(64, people=40).model
+    assert isinstance(network, CoverTransformer)
+    codes = np.random.default_rng(0).integers(0, 2, size=(100, 64)).astype(np.bool_)
+    for number in (0, 5, 15):
+        turned = covers.with_number(network, codes, number)
+        assert (covers.number_of(network, turned) == number).all()
+        same = covers.number_of(network, codes) == number
+        assert (turned[same] == codes[same]).all() and len(np.unique(turned, axis=0)) == len(codes)
+        assert (turned != codes).sum(axis=1).max() <= 8
 
 
 def test_pairs_of_one_password_open_its_other_pictures_and_pairs_of_many_do_not() -> None:
-    context = eigenface_context(64, people=400)
-    found = attacks_rotations.known_pairs(context)
-    assert keys.unknown(found.figures) == []
-    assert found.figures["attack.known-pairs.64.explained"] > found.figures["attack.known-pairs.1.explained"] + 0.2
-    assert found.figures["attack.known-pairs.64.psnr"] > found.figures["attack.known-pairs.1.psnr"]
-    # The same least squares where every known picture has a password of its own.
-    network, images = context.model, context.sample.faces.images
-    codes = np.random.default_rng(0).integers(0, 2, size=(len(images), 64)).astype(bool)
-    truth = rotations.latents(network, images)[1]
-    grains = rotations.latents(network, context.subject.transform(images, codes))[2]
-    opened = rotations.Affine(grains[:120], truth[:120])(grains[120:])
-    left = np.square(opened - truth[120:]).sum() / np.square(truth[120:] - truth[:120].mean(axis=0)).sum()
-    assert 1 - left < 0.1
+    context = cover_context(64, people=400)
+    found = measured(attacks_cover.known_pairs, context)
+    assert found["attack.known-pairs.64.explained"] > max(found["attack.known-pairs.1.explained"], 0) + 0.4
+    assert found["attack.known-pairs.64.psnr"] > found["attack.known-pairs.1.psnr"]
+    many = measured(attacks_cover.known_pairs, one_password_each(context))
+    assert many["attack.known-pairs.64.explained"] < 0.1
 
 
-def test_the_likelihood_of_latents_betrays_codes_that_leave_a_face_and_not_ones_that_leave_nothing() -> None:
-    context = eigenface_context(8, people=400, latent_train=300)
-    found = attacks_rotations.likelihood(context).figures
-    assert keys.unknown(found) == []
-    assert found["attack.latent-likelihood.auc"] >= 0.8, "these faces are nothing like their likenesses"
-    blank = replace(context.subject, transform=lambda images, codes: np.full_like(images, 128))
-    context.subject = blank
-    context.chain = Chain(blank, context.sample.faces.images, seed=0, progress=context.progress)
-    assert attacks_rotations.likelihood(context).figures["attack.latent-likelihood.success"] <= 0.3
+def test_a_few_pairs_of_one_password_give_its_code_and_pairs_of_many_do_not() -> None:
+    context = cover_context(64, people=240)
+    found = measured(attacks_cover.code_of_pairs, context)
+    assert found["attack.code-of-pairs.64.success"] == 1 and found["attack.code-of-pairs.64.seconds"] < 20
+    many = measured(attacks_cover.code_of_pairs, one_password_each(context))
+    assert many["attack.code-of-pairs.64.success"] == 0
+
+
+def test_signs_that_are_half_wrong_give_no_code_and_ones_that_are_mostly_right_do() -> None:
+    network = cover_context(64, people=40).model
+    assert isinstance(network, CoverTransformer)
+    rng = np.random.default_rng(1)
+    code = rng.integers(0, 2, size=64).astype(np.bool_)
+    signs = network.mix_robust.signs(covers.signed(code[None]))[2, 0].double().numpy() * rng.uniform(1, 2, size=306)
+    for turned in (signs, -signs):
+        solved = covers.code_of(network.mix_robust, turned, seed=0)
+        assert solved is not None and (solved == code).all()
+    unsure = np.where(np.arange(306) % 10 == 0, -0.5 * signs, signs)  # every tenth wrong, and known to be less sure
+    solved = covers.code_of(network.mix_robust, unsure, seed=0)
+    assert solved is not None and (solved == code).all()
+    assert covers.code_of(network.mix_robust, rng.normal(size=306), seed=0) is None
+
+
+def test_the_outline_is_given_back_without_a_code_to_who_knows_the_likeness() -> None:
+    context = cover_context(64)
+    network, images, hidden = context.model, context.chain("I"), context.chain("A")
+    assert isinstance(network, CoverTransformer)
+    numbers = covers.shown_likeness(network, hidden)
+    passing = ((network.left > 0) & (network.left < 1))[0, 0].numpy()
+    assert passing.mean() > 0.05
+
+    def away(pictures: Pixels) -> float:
+        return float(np.abs(pictures[:, passing].astype(float) - images[:, passing]).mean())
+
+    read = away(covers.opened(network, hidden, numbers, None))
+    assert read < 0.1 * away(hidden)
+    assert away(covers.opened(network, hidden, (numbers + 1) % 16, None)) > 3 * read
+    # With the real coordinates the middle comes too.
+    truth = covers.secrets(network, images)
+    right, guessed = (covers.opened(network, hidden, numbers, x).astype(float) for x in (truth, None))
+    assert np.abs(right - images).mean() < np.abs(guessed - images).mean()
+    found = measured(attacks_cover.outline, context)
+    assert found["attack.outline.psnr"] > 20 and 0 <= found["attack.outline.success"] <= 1
+
+
+def test_what_one_password_hides_is_linked_and_what_two_hide_is_not() -> None:
+    found = measured(attacks_cover.hidden_linking, cover_context(64))
+    assert found["attack.hidden-linking.success"] >= 0.8 and found["attack.hidden-linking.of-input"] >= 0.8
+    assert found["attack.hidden-linking.two-passwords"] <= 0.1
+    assert found["attack.hidden-linking.chance"] == pytest.approx(1 / 60)
 
 
 def test_what_no_code_changes_is_matched_and_other_kinds_of_network_are_left_alone() -> None:
-    context = eigenface_context(8)
-    found = attacks_rotations.invariants(context).figures
+    context = cover_context(8)
+    found = measured(attacks_cover.invariants, context)
     assert found["attack.invariants.success"] >= 0.5 > found["attack.invariants.chance"]
-    blank = replace(context.subject, transform=lambda images, codes: np.full_like(images, 128))
-    context.chain = Chain(blank, context.sample.faces.images, seed=0, progress=context.progress)
-    assert attacks_rotations.invariants(context).figures["attack.invariants.success"] <= 0.05
+    blank = judged(context, lambda images, codes: np.full_like(images, 128), 8)
+    assert measured(attacks_cover.invariants, blank)["attack.invariants.success"] <= 0.05
     other = context_of(perfect, two_photos_each(), climbs=4)
-    for name in ("known_pairs", "latent_search", "likeness", "likelihood", "invariants"):
-        part = getattr(attacks_rotations, name)
+    for name in (
+        "known_pairs", "code_of_pairs", "pattern", "likeness", "outline", "hidden_linking", "invariants",
+    ):  # fmt: skip
+        part = getattr(attacks_cover, name)
         assert not part(other).figures and "of another" in " ".join(part(other).skipped.values())
 
 
