@@ -196,7 +196,8 @@ def light(place: storage.Prefix, *, whole: bool) -> list[tuple[str, bytes]]:
     """The newest whole checkpoint made small, as files (name, bytes) that :class:`Checkpoints` reads; none where there
     is none.
 
-    Left out are Adam's moments and D's buffers, which begin anew when the run goes on; matrices are in half precision.
+    Left out are Adam's moments and D's buffers, which begin anew when the run goes on; matrices are in half precision,
+    but for what is the same in T and in its average: that was not trained, and may have been fitted exactly.
 
     Args:
         place: where the checkpoints lie.
@@ -210,7 +211,11 @@ def light(place: storage.Prefix, *, whole: bool) -> list[tuple[str, bytes]]:
     modules = {k: m for k, m in trainer["modules"].items() if whole or k == "transformer"}
     small = {"modules": {k: {n: _half(v) for n, v in m.items()} for k, m in modules.items()}}
     if state["config"]["ema"]:  # a plain copy otherwise
-        small["ema"] = {n: _half(v) for n, v in trainer["ema"].items()}
+        mine, average = trainer["modules"]["transformer"], trainer["ema"]
+        small["ema"] = {n: _half(v) for n, v in average.items()}
+        for name, value in average.items():
+            if isinstance(value, torch.Tensor) and torch.equal(value, mine[name]):
+                small["ema"][name] = small["modules"]["transformer"][name] = value
     kept = {k: v for k, v in state.items() if k != "trainer"}
     data, record = _encode(snapshot(nimg, kept | {"light": True, "trainer": small}))
     return [(f"{_name(nimg)}/{_TENSORS}", data), (f"{_name(nimg)}/{_RECORD}", record)]

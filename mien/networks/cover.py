@@ -40,12 +40,18 @@ _LUMA: Final = (0.299, 0.587, 0.114)
 # Changes are added to atanh(0.9 x), so that little is clipped when the picture is saved.
 _SQUEEZE: Final = 0.9
 _LIMIT: Final = 0.9999
+_WHITE: Final = 1.4722  # atanh(0.9)
 # One of 256 grey levels in the middle of that scale.
 _LEVEL: Final = _SQUEEZE / 127.5
 
-# Painted faces are drawn in beyond this, and stay short of this much more: room for what is hidden under them.
-_KNEE: Final = 1.1
-_ROOM: Final = 0.25
+# Painted faces are held within this (x within 0.94): room for what is hidden under them. Real ones may be brighter:
+# leading coordinates are read as if they were folded back from the second value on, so that both can have the same.
+_BRIGHTEST: Final = 1.22
+_FOLDED: Final = 1.3
+# Of leading coordinates, the deviation of what folding took from them.
+_BRIGHTER: Final = 0.1
+# How often a painted face is brought back there and given its leading coordinates again.
+_HELD: Final = 3
 
 # Radius of the face's outline is 1; within this one all is painted, and between them the picture passes over.
 _INNER: Final = 0.84
@@ -53,8 +59,8 @@ _INNER: Final = 0.84
 _LEFT: Final = 0.125
 
 # Of the known pattern: how many numbers of each part, and the cosine with it from which on it is taken as found.
-_PATTERN: Final = 128
-_FOUND: Final = 0.45
+_PATTERN: Final = 96
+_FOUND: Final = 0.5
 
 # What a painter sees: the blocks around the face, the face's means without and with the likeness, where it is; and what
 # it changes: means, and details of luma.
@@ -78,9 +84,11 @@ class CoverConfig(BaseModel):
     """Coordinates of a face in luma."""
     colour: PositiveInt = 60
     """Coordinates of a face in colour."""
-    robust: tuple[PositiveInt, PositiveInt] = (360, 40)
-    """How many of these, the first, are hidden where JPEG leaves them."""
-    robust_levels: PositiveFloat = 2.0
+    robust: tuple[PositiveInt, PositiveInt] = (320, 36)
+    """How many of these, the first, are hidden where JPEG and resampling leave them."""
+    carriers: PositiveInt = 600
+    """In how many smooth patterns of luma."""
+    robust_levels: PositiveFloat = 3.0
     """What hides them, root mean square of grey levels of a pixel."""
     fine_levels: PositiveFloat = 1.0
     """The same of what hides all the rest."""
@@ -127,8 +135,9 @@ def unstretch(stretched: Tensor) -> Tensor:
 
 def planes_of(stretched: Tensor) -> Tensor:
     """Luma, red less luma and blue less luma, float ``[B, 3, S, S]``."""
-    luma = torch.einsum("bchw,c->bhw", stretched, stretched.new_tensor(_LUMA))[:, None]
-    return torch.cat([luma, stretched[:, [0, 2]] - luma], dim=1)
+    red, green, blue = stretched[:, :1], stretched[:, 1:2], stretched[:, 2:]
+    luma = _LUMA[0] * red + _LUMA[1] * green + _LUMA[2] * blue
+    return torch.cat([luma, red - luma, blue - luma], dim=1)
 
 
 def stretched_of(planes: Tensor) -> Tensor:
@@ -139,21 +148,22 @@ def stretched_of(planes: Tensor) -> Tensor:
     return out
 
 
-# Haar's transform of a 2x2 block: rows are its mean, and what differs across, down and crosswise.
-_HAAR: Final = ((0.25, 0.25, 0.25, 0.25), (0.5, -0.5, 0.5, -0.5), (0.5, 0.5, -0.5, -0.5), (0.5, -0.5, -0.5, 0.5))
-_UNHAAR: Final = ((1, 0.5, 0.5, 0.5), (1, -0.5, 0.5, -0.5), (1, 0.5, -0.5, -0.5), (1, -0.5, -0.5, 0.5))
-
-
 def analyse_blocks(planes: Tensor) -> Tensor:
-    """Means (first) and details of the 2x2 blocks of float ``[B, 3, S, S]``: float ``[B, 3, 4, S / 2, S / 2]``."""
-    blocks = F.pixel_unshuffle(planes, 2)
-    blocks = blocks.view(len(blocks), 3, 4, *blocks.shape[2:])
-    return torch.einsum("kj,bcjhw->bckhw", blocks.new_tensor(_HAAR), blocks)
+    """Haar's transform of the 2x2 blocks of float ``[B, 3, S, S]``: float ``[B, 3, 4, S / 2, S / 2]``.
+
+    First the mean, then what differs across, down and crosswise.
+    """
+    a, b, c, d = planes[..., ::2, ::2], planes[..., ::2, 1::2], planes[..., 1::2, ::2], planes[..., 1::2, 1::2]
+    up, down, left, right = a + b, c + d, a - b, c - d
+    return torch.stack([(up + down) / 4, (left + right) / 2, (up - down) / 2, (left - right) / 2], dim=2)
 
 
 def synthesise_blocks(blocks: Tensor) -> Tensor:
     """The inverse of :func:`analyse_blocks`."""
-    return F.pixel_shuffle(torch.einsum("jk,bckhw->bcjhw", blocks.new_tensor(_UNHAAR), blocks).flatten(1, 2), 2)
+    mean, across, down, crosswise = blocks.unbind(dim=2)
+    up, low, left, right = mean + down / 2, mean - down / 2, (across + crosswise) / 2, (across - crosswise) / 2
+    pixels = torch.stack([up + left, up - left, low + right, low - right], dim=2)
+    return F.pixel_shuffle(pixels.flatten(1, 2), 2)
 
 
 def foretold(low: Tensor) -> Tensor:
@@ -320,7 +330,8 @@ class Seen(NamedTuple):
 class _WorkedOut(NamedTuple):
     """What follows from the leading eigenfaces and is not stored."""
 
-    luma: Complement
+    smooth: Tensor
+    """Orthonormal smooth patterns of the luma of inner blocks, orthogonal to the leading ones, ``[n, carriers]``."""
     colour: Complement
     patterns: Tensor
     """Smooth planes that raise one leading coordinate by 1 and no other, float ``[leading, 3 S S]``."""
@@ -376,11 +387,12 @@ class CoverTransformer(nn.Module):
         self.painter = Painter(config.painter, given=_GIVEN, made=_MADE) if config.painter else None
         if self.painter:
             self.context.requires_grad_(False)
-        self.mix_robust = Mixing(n - lead, bits=bits, seed=1)
+        self.mix_robust = Mixing(config.carriers, bits=bits, seed=1)
         self.mix_fine = Mixing(11 * n - lead_colour, bits=bits, seed=2)
         self._ready: _WorkedOut | None = None
-        if sum(config.robust) + _PATTERN > self.mix_robust.size:
-            raise ValueError(f"a face of {n} blocks cannot hide {sum(config.robust)} numbers")
+        secrets = sum(config.robust) + lead + lead_colour
+        if secrets + _PATTERN > self.mix_robust.size or config.carriers > n - lead:
+            raise ValueError(f"{config.carriers} patterns of {n} blocks cannot hide {secrets} numbers")
 
     def train(self, mode: bool = True) -> CoverTransformer:
         """Set training mode; what the painter stands on stays as it was fitted."""
@@ -434,7 +446,7 @@ class CoverTransformer(nn.Module):
     def observe(self, stretched: Tensor) -> Seen:
         """The context of :func:`stretch`'s pictures."""
         blocks = analyse_blocks(planes_of(stretched))
-        luma, colour = self.inside(blocks[:, :, 0] - self.mean)
+        luma, colour = self.inside(F.avg_pool2d(planes_of(_folded(stretched)), 2) - self.mean)
         a, b = self._leads()
         leading = torch.cat([luma @ self.luma[:, :a], colour @ self.colour[:, :b]], dim=1)
         mean = self.context(self.surroundings(blocks[:, :, 0]), leading / self.leading_scale)
@@ -487,7 +499,13 @@ class CoverTransformer(nn.Module):
             fine = foretold(low) * self.area
             fine = torch.cat([fine[:, :1] + change[:, None, 3:], fine[:, 1:]], dim=1)
         blocks = torch.cat([low[:, :, None], fine + seen.outside[:, :, 1:]], dim=2)
-        return self._led(_drawn_in(stretched_of(synthesise_blocks(blocks)), self.area), seen.leading)
+        stretched, face = (
+            stretched_of(synthesise_blocks(blocks)),
+            F.interpolate(self.area[None, None], scale_factor=2.0),
+        )
+        for _ in range(_HELD):
+            stretched = self._led(torch.where(face > 0, _held(stretched), stretched), seen.leading)
+        return stretched
 
     def _led(self, stretched: Tensor, leading: Tensor) -> Tensor:
         """The picture with the leading coordinates that it shall have."""
@@ -508,11 +526,11 @@ class CoverTransformer(nn.Module):
             codes: that it is hidden under, float ``[B, N]``.
         """
         robust, fine = self.secrets(stretched, seen)
-        a, b = self._leads()
+        b = self.config.leading_colour
         count, n = len(shown), len(self.inner)
         robust_level, fine_level = self._amplitudes()
-        free_luma, free_colour = self._worked_out()[:2]
-        luma = free_luma.into(self._carried(self.mix_robust, robust, codes, n - a)) * robust_level
+        smooth, free_colour = self._worked_out()[:2]
+        luma = (self._carried(self.mix_robust, robust, codes, smooth.shape[1]) * robust_level) @ smooth.T
         carried = self._carried(self.mix_fine, fine, codes, 11 * n - b) * fine_level
         colour, details = free_colour.into(carried[:, : 2 * n - b]), carried[:, 2 * n - b :].view(count, 3, 3, n)
         change = torch.cat([torch.cat([luma, colour], dim=1).view(count, 3, 1, n), details], dim=2)
@@ -534,18 +552,19 @@ class CoverTransformer(nn.Module):
         beyond = analyse_blocks(planes_of(stretched - expected)).flatten(3)[..., self.inner]
         low = beyond[:, :, 0].flatten(1)
         robust_level, fine_level = self._amplitudes()
-        free_luma, free_colour = self._worked_out()[:2]
+        smooth, free_colour = self._worked_out()[:2]
         carried = torch.cat([free_colour.of(low[:, n:]), beyond[:, :, 1:].flatten(1)], dim=1)
         scales, fine_scales = self.scales()
-        robust, found = self._read(self.mix_robust, free_luma.of(low[:, :n]) / robust_level, codes, scales)
+        robust, found = self._read(self.mix_robust, (low[:, :n] @ smooth) / robust_level, codes, scales)
         fine, _ = self._read(self.mix_fine, carried / fine_level, codes, fine_scales)
         r, q = config.robust
         mean = seen.mean * self.deviation
         a, b = self._leads()
         luma = robust[:, :r] + mean[:, :r]
-        colour = robust[:, r:] + mean[:, config.luma : config.luma + q]
-        luma = torch.cat([seen.leading[:, :a], luma], dim=1) @ self.luma[:, : a + r].T
-        colour = torch.cat([seen.leading[:, a:], colour], dim=1) @ self.colour[:, : b + q].T
+        colour = robust[:, r : r + q] + mean[:, config.luma : config.luma + q]
+        leading = seen.leading + robust[:, r + q :]
+        luma = torch.cat([leading[:, :a], luma], dim=1) @ self.luma[:, : a + r].T
+        colour = torch.cat([leading[:, a:], colour], dim=1) @ self.colour[:, : b + q].T
         low_real = self.put(luma + fine[:, :n], colour + fine[:, n : 3 * n]) + self.mean * self.area
         passing = expected + (stretched - expected) / self.left.clamp_min(_LEFT)
         whole = analyse_blocks(planes_of(passing))
@@ -570,7 +589,9 @@ class CoverTransformer(nn.Module):
         r, q = config.robust
         mean = seen.mean * self.deviation
         luma, colour = y @ self.luma[:, : a + r], c @ self.colour[:, : b + q]
-        robust = torch.cat([luma[:, a:] - mean[:, :r], colour[:, b:] - mean[:, config.luma : config.luma + q]], dim=1)
+        brighter = torch.cat([luma[:, :a], colour[:, :b]], dim=1) - seen.leading
+        faces = [luma[:, a:] - mean[:, :r], colour[:, b:] - mean[:, config.luma : config.luma + q]]
+        robust = torch.cat([*faces, brighter], dim=1)
         rest = [y - luma @ self.luma[:, : a + r].T, c - colour @ self.colour[:, : b + q].T]
         details = (blocks[:, :1, 1:] - foretold(low)[:, :1]).flatten(3)[..., self.inner].reshape(-1, 3 * n)
         scales, fine_scales = self.scales()
@@ -580,15 +601,16 @@ class CoverTransformer(nn.Module):
         """What secrets are divided by: the roots of their deviations, as least errors want it, to mean square 1."""
         config, n = self.config, len(self.inner)
         r, q = config.robust
-        robust = torch.cat([self.deviation[:r], self.deviation[config.luma : config.luma + q]])
+        faces = [self.deviation[:r], self.deviation[config.luma : config.luma + q]]
+        robust = torch.cat([*faces, _BRIGHTER * self.leading_scale])
         fine = torch.cat([d.expand(k * n) for d, k in zip(self.rest_deviation, (1, 2, 3), strict=True)])
         # The power of one that is divided by sqrt(d) k is d / k^2.
         return robust.sqrt() * robust.mean().sqrt(), fine.sqrt() * fine.mean().sqrt()
 
-    def _amplitudes(self) -> tuple[Tensor, Tensor]:
-        """Of a carrier, in the planes; those of means are half as strong as their four pixels together."""
+    def _amplitudes(self) -> tuple[float, Tensor]:
+        """Of a carrier, in the planes: smooth patterns of luma, and the rest."""
         config, n = self.config, len(self.inner)
-        robust = self.luma.new_tensor(config.robust_levels * _LEVEL)
+        robust = config.robust_levels * _LEVEL * (n / config.carriers) ** 0.5
         fine = torch.full((11 * n - config.leading_colour,), config.fine_levels * _LEVEL, device=self.luma.device)
         fine[2 * n - config.leading_colour :] *= 2 / 3**0.5
         return robust, fine
@@ -631,8 +653,25 @@ class CoverTransformer(nn.Module):
             y, c = self.inside(F.avg_pool2d(smooth, 2))
             moved = torch.cat([y @ luma, c @ colour], dim=1)
             patterns = torch.linalg.solve(moved.double(), smooth.flatten(1).double()).to(smooth)
-            self._ready = _WorkedOut(Complement(luma), Complement(colour), patterns)
+            self._ready = _WorkedOut(self._smooth(luma), Complement(colour), patterns)
         return self._ready
+
+    def _smooth(self, leading: Tensor) -> Tensor:
+        """Cosines of the lowest frequencies, made orthonormal over the inner blocks in that order."""
+        half = self.mean.shape[-1]
+        place = self.inner.cpu()
+        rows, columns = place // half, place % half
+        rows, columns = rows - rows.min(), columns - columns.min()
+        height, width = int(rows.max()) + 1, int(columns.max()) + 1
+        up, across = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        frequency = (up.double() / height).square() + (across.double() / width).square()
+        order = frequency.flatten().argsort(stable=True)[: self.config.carriers]
+        waves = torch.cos((rows[:, None] + 0.5).double() * (order // width) * (torch.pi / height))
+        waves = waves * torch.cos((columns[:, None] + 0.5).double() * (order % width) * (torch.pi / width))
+        first = leading.double().cpu()
+        basis = torch.linalg.qr(torch.cat([first, waves / waves.norm(dim=0)], dim=1))[0]
+        out: Tensor = basis[:, first.shape[1] :].to(leading)
+        return out
 
     def forget(self) -> None:
         """Work out anew what depends on the leading eigenfaces: they are other ones now."""
@@ -665,9 +704,11 @@ class CoverTransformer(nn.Module):
         return mask.view(half, half)
 
 
-def _drawn_in(stretched: Tensor, area: Tensor) -> Tensor:
-    """In the area of the face, values drawn in that saving might clip."""
+def _held(stretched: Tensor) -> Tensor:
+    return stretched.clamp(-_BRIGHTEST, _BRIGHTEST)
+
+
+def _folded(stretched: Tensor) -> Tensor:
     size = stretched.abs()
-    drawn = stretched.sign() * (_KNEE + _ROOM * torch.tanh((size - _KNEE) / _ROOM))
-    inside = F.interpolate(area[None, None], scale_factor=2.0) > 0
-    return torch.where(inside & (size > _KNEE), drawn, stretched)
+    back = _FOLDED - (size - _FOLDED) * ((_FOLDED - _BRIGHTEST) / (_WHITE - _FOLDED))
+    return torch.where(size > _FOLDED, back.clamp_min(_BRIGHTEST) * stretched.sign(), stretched)
