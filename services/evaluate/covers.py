@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mien.networks import cover
-from mien.networks.cover import Complement, CoverTransformer, Mixing, Seen
+from mien.networks.cover import CoverTransformer, Mixing, Seen
 from services.evaluate.attackers import Advance
 from services.evaluate.chain import Codes
 from services.evaluate.distances import Floats, Pixels, to_pixels, to_tensor
@@ -126,22 +126,17 @@ def _beyond(network: CoverTransformer, stretched: Tensor, seen: Seen, likeness: 
     return network.inside(low)[0]
 
 
-def _leads(network: CoverTransformer) -> int:
-    return network.config.leading_luma + network.config.landmarks
-
-
 @torch.no_grad()
 def carried(
     network: CoverTransformer, pictures: Pixels, numbers: NDArray[np.int64], advance: Advance = lambda done: None
 ) -> Floats:
     """O_p x but for a factor: what pictures hide beyond the likenesses that they show, float ``[M, mixed]``."""
-    free = Complement(network.luma[:, : _leads(network)])
+    smooth = network._worked_out().smooth
     found = []
     for part, stretched, seen in _some(network, pictures):
         likeness = network.likenesses.faces[torch.from_numpy(numbers[part])]
-        found.append(
-            free.of(_beyond(network, stretched, seen, likeness))[:, : network.mix_robust.size].double().numpy()
-        )
+        read = _beyond(network, stretched, seen, likeness) @ smooth
+        found.append(read[:, : network.mix_robust.size].double().numpy())
         advance(part.stop - part.start)
     return np.concatenate(found)
 
@@ -190,14 +185,15 @@ def opened(network: CoverTransformer, pictures: Pixels, numbers: NDArray[np.int6
     r, q = config.robust
     out = []
     for part, stretched, seen in _some(network, pictures):
+        shown = network.paint(seen, faces[torch.from_numpy(numbers[part])])
         face = torch.zeros(len(stretched), faces.shape[1])
         if x is not None:
             coordinates = torch.from_numpy(x[part]).float() * network.scales()[0]
-            face[:, :r], face[:, config.luma : config.luma + q] = coordinates[:, :r], coordinates[:, r:]
+            face[:, :r], face[:, config.luma : config.luma + q] = coordinates[:, :r], coordinates[:, r : r + q]
             face /= network.deviation
+            seen = seen._replace(leading=seen.leading + coordinates[:, r + q :])
         low = network.plan(seen, face)
         made = cover.stretched_of(cover.synthesise_blocks(torch.cat([low[:, :, None], cover.foretold(low)], dim=2)))
-        shown = network.paint(seen, faces[torch.from_numpy(numbers[part])])
         passing = shown + (stretched - shown) / network.left.clamp_min(1e-3)
         out.append(to_pixels(cover.unstretch(torch.where(network.left == 0, made, passing))))
     return np.concatenate(out)
@@ -242,7 +238,7 @@ def code_of(mixing: Mixing, signs: Floats, seed: int) -> Codes | None:
     # One more unknown: whether all signs are turned.
     equations = np.concatenate([masks, np.ones((len(masks), 1), dtype=masks.dtype), (signs < 0)[:, None]], axis=1)
     equations = equations.astype(np.uint8)
-    surest = np.argsort(-np.abs(signs))[:_SUREST]
+    surest = np.argsort(-np.abs(signs))[: min(_SUREST, len(signs) // 2)]
     rng = np.random.default_rng([seed, 15])
     for _ in range(_DRAWS):
         drawn = rng.permutation(surest)[: bits + 8]

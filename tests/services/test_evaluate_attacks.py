@@ -294,16 +294,16 @@ def test_a_few_pairs_of_one_password_give_its_code_and_pairs_of_many_do_not() ->
 def test_signs_that_are_half_wrong_give_no_code_and_ones_that_are_mostly_right_do() -> None:
     network = cover_context(64, people=40).model
     assert isinstance(network, CoverTransformer)
-    rng = np.random.default_rng(1)
+    rng, size = np.random.default_rng(1), network.mix_robust.size
     code = rng.integers(0, 2, size=64).astype(np.bool_)
-    signs = network.mix_robust.signs(covers.signed(code[None]))[2, 0].double().numpy() * rng.uniform(1, 2, size=306)
+    signs = network.mix_robust.signs(covers.signed(code[None]))[2, 0].double().numpy() * rng.uniform(1, 2, size=size)
     for turned in (signs, -signs):
         solved = covers.code_of(network.mix_robust, turned, seed=0)
         assert solved is not None and (solved == code).all()
-    unsure = np.where(np.arange(306) % 10 == 0, -0.5 * signs, signs)  # every tenth wrong, and known to be less sure
+    unsure = np.where(np.arange(size) % 10 == 0, -0.5 * signs, signs)  # every tenth wrong, and known to be less sure
     solved = covers.code_of(network.mix_robust, unsure, seed=0)
     assert solved is not None and (solved == code).all()
-    assert covers.code_of(network.mix_robust, rng.normal(size=306), seed=0) is None
+    assert covers.code_of(network.mix_robust, rng.normal(size=size), seed=0) is None
 
 
 def test_the_outline_is_given_back_without_a_code_to_who_knows_the_likeness() -> None:

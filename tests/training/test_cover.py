@@ -16,8 +16,8 @@ from training.data import FaceShards
 from training.samples import from_uint8
 
 SMALL = CoverConfig(
-    leading_luma=3, leading_colour=2, landmarks=2, luma=40, colour=12, robust=(30, 8), likenesses=16, widths=(8, 16),
-    features=32, painter=PainterConfig(widths=(8, 16)),
+    leading_luma=3, leading_colour=2, landmarks=2, luma=40, colour=12, robust=(30, 8), likenesses=16, carriers=200,
+    widths=(8, 16), features=32, painter=PainterConfig(widths=(8, 16)),
 )  # fmt: skip
 Fit = tuple[CoverTransformer, dict[str, float], FaceShards, FaceShards]
 
@@ -87,7 +87,7 @@ def test_a_fit_learns_the_context_and_scales_what_is_left_to_one(fitted: Fit, sh
         seen = network.observe(images)
         own = network.coordinates(images, seen)
         robust, fine = network.secrets(images, seen)
-    assert own.std(dim=0).sub(1).abs().max() < 0.02
+    assert own.std(dim=0).sub(1).abs().max() < 0.05
     # What is hidden is of mean square 1, so that it fills the grey levels it is given.
     assert 0.7 < robust.square().mean() < 2.5 and 0.7 < fine.square().mean() < 1.5  # 1.7 and 1.0
     assert not network.training and not any(p.requires_grad for p in network.context.parameters())
