@@ -54,9 +54,9 @@ shards: env ## crops and shards in shards/ from the pictures in MIEN_SHARED; nob
 	test -e shards/faces/manifest.json || $(BIN)/python -m services.ingest --config services/ingest/configs/shared.yaml \
 		--exclude-like shards/lfw --judge-weights $(MIEN_SHARED)/weights --out shards/faces
 
-model: shards ## shards -> the model that ships, models/mien-128 (other networks: python -m training --config ...)
-	$(BIN)/python -m training.eigenface --shards shards/faces --weights $(MIEN_SHARED)/weights/mobilefacenet_casia.safetensors \
-		--out models/mien-128 --card models/mien-128/README.md
+model: shards ## shards -> the model that ships, models/mien-128: minutes on CPUs for the fit, ten on a GPU for its painter
+	$(BIN)/python -m training.fit --config training/configs/fit/mien-128.yaml export=models/fitted
+	$(BIN)/python -m training --config training/configs/mien-128.yaml start=models/fitted export=models/mien-128
 
 proto: env ## the gRPC messages and stubs in mien/v1 from serving/proto
 	$(BIN)/python -m grpc_tools.protoc -I serving/proto --python_out=. --pyi_out=. --grpc_python_out=. mien/v1/face_identity.proto

@@ -149,6 +149,7 @@ def run(config: FitConfig) -> Fitted:
     if config.recogniser:
         recogniser = recognisers.load(config.recogniser.name, config.recogniser.weights).to(device).eval()
     began = time.perf_counter()
+    torch.manual_seed(config.seed)
     network = CoverTransformer(config.architecture, bits=config.bits, size=train.crop_size)
     figures = cover.fit(
         network, train, val, steps=config.steps, batch=config.batch, seed=config.seed, device=device,
