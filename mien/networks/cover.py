@@ -2,13 +2,15 @@
 
 Of a crop, some is *context* and never changes: what lies around the face, and a few numbers of the face itself that say
 how it is lit, held and coloured (its leading eigenfaces, and directions that landmarks are read from). From the context
-c and a code p alone, a generator paints a face f(c, p). With a keyed orthonormal mixing O_p,
+c and a code p alone, a generator paints a face f(c, p). With an orthonormal mixing O_p,k,
+keyed with the code and a number k of the picture,
 
-    T_p x = f(c, p) + O_p E (x - m(c))       where x does not show f(c, -p)
-            m(c) + E^+ O_-p^T (x - f(c, -p))    where it does
+    T_p x = f(c, p) + O_p,k E (x - m(c))       where x does not show f(c, -p)
+            m(c) + E^+ O_-p,k^T (x - f(c, -p))    where it does
 
 m(c) is the mean face of the context, E scales what is hidden down to one or two grey levels, and whether x shows the
-face of -p with something hidden under it is read from a known pattern that is hidden with the face. So
+face of -p with something hidden under it is read from a known pattern that is hidden with the face. k lies in clear
+beside it, for who paints f to read: so what is known of some pictures of a password opens no others. Thus
 
 - T_-p T_p I = I but for what 8 bits round away, for f(c, p) can be painted again, exactly, from what is left of I;
 - any other password finds nothing, and paints a third face over the first: A, WR and every longer chain are equally
@@ -32,6 +34,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
+from mien.networks.mixing import Mixing, signs
 from mien.networks.painter import Painter, PainterConfig
 
 # Luma of ITU-R BT.601, of the stretched channels.
@@ -61,6 +64,11 @@ _LEFT: Final = 0.125
 # Of the known pattern: how many numbers of each part, and the cosine with it from which on it is taken as found.
 _PATTERN: Final = 96
 _FOUND: Final = 0.5
+
+# The number of a picture: its bits, the share of the robust carriers that has them, and how much louder they are.
+_NUMBER: Final = 16
+_CLEAR: Final = 1 / 6
+_LOUDER: Final = 1.5
 
 # What a painter sees: the blocks around the face, the face's means without and with the likeness, where it is; and what
 # it changes: means, and details of luma.
@@ -202,104 +210,6 @@ class Likenesses(nn.Module):
         return self.faces[self.number(codes)]
 
 
-# Of Speck64/128.
-_WORD: Final = 0xFFFF_FFFF
-_ROUNDS: Final = 27
-
-
-def speck(key: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """The block cipher Speck64/128 (Beaulieu et al. 2013): 64-bit blocks of two words under keys of four.
-
-    Args:
-        key: words of 32 bits, the least significant first, int64 ``[B, 4]``.
-        x, y: a block's upper and lower word, int64 ``[B, blocks]``.
-    """
-    k, words = key[:, :1], [key[:, i : i + 1] for i in range(1, 4)]
-    for number in range(_ROUNDS):
-        x = ((_turned(x, 24) + y) & _WORD) ^ k
-        y = _turned(y, 3) ^ x
-        word = ((k + _turned(words[0], 24)) & _WORD) ^ number
-        k = _turned(k, 3) ^ word
-        words = [*words[1:], word]
-    return x, y
-
-
-def _turned(word: Tensor, left: int) -> Tensor:
-    return ((word << left) | (word >> (32 - left))) & _WORD
-
-
-def key_stream(codes: Tensor, count: int, *, part: int) -> Tensor:
-    """Bits that nobody tells from chance without the code: Speck64/128 in counter mode, bool ``[B, count]``.
-
-    Args:
-        codes: bool ``[B, N]``; the key, filled up with zeros to 128 bits. Of longer ones the blocks of 128 are added.
-        count: bits.
-        part: streams of other parts have nothing in common.
-    """
-    batch, device = len(codes), codes.device
-    words = F.pad(codes, (0, -codes.shape[1] % 128)).view(batch, -1, 4, 32).long().sum(dim=1) & 1
-    place = torch.arange(32, device=device)
-    counter = torch.arange(-(-count // 64), device=device).expand(batch, -1)
-    x, y = speck((words << place).sum(dim=2), torch.full_like(counter, part), counter)
-    bits = (torch.stack([x, y], dim=2)[..., None] >> place) & 1
-    return bits.view(batch, -1)[:, :count] == 1
-
-
-class Mixing(nn.Module):
-    """O_p: orthonormal, every number that goes in a little in every one that comes out, otherwise under every code.
-
-    Signs that a code picks, before, between and after two cosine transforms over rows and columns: a block cipher's key
-    stream under the code (:func:`key_stream`), so that each bit of the code turns half of them, and signs that somebody
-    has found out say nothing of it.
-    """
-
-    rows: Tensor
-    columns: Tensor
-    shuffle: Tensor
-
-    def __init__(self, size: int, *, seed: int) -> None:
-        super().__init__()
-        self.seed = seed
-        side = int(size**0.5)
-        self.size = side * (size // side)
-        """How many numbers are mixed: as many of ``size`` as make a rectangle."""
-        generator = torch.Generator().manual_seed(seed)
-        self.register_buffer("rows", _cosines(side), persistent=False)
-        self.register_buffer("columns", _cosines(size // side), persistent=False)
-        self.register_buffer("shuffle", torch.randperm(self.size, generator=generator), persistent=False)
-
-    def signs(self, codes: Tensor) -> Tensor:
-        """+1 and -1, float ``[3, B, size]``; codes float ``[B, N]``."""
-        stream = key_stream(codes > 0, 3 * self.size, part=self.seed)
-        return 1 - 2 * stream.view(len(codes), 3, self.size).transpose(0, 1).float()
-
-    def forward(self, x: Tensor, signs: Tensor) -> Tensor:
-        """O_p x; x float ``[B, size]``, with :meth:`signs` of p."""
-        x = self._transform(x * signs[0])[:, self.shuffle]
-        return self._transform(x * signs[1]) * signs[2]
-
-    def inverse(self, x: Tensor, signs: Tensor) -> Tensor:
-        """O_p^T x."""
-        x = self._transform(x * signs[2], back=True) * signs[1]
-        mixed = torch.empty_like(x)
-        mixed[:, self.shuffle] = x
-        return self._transform(mixed, back=True) * signs[0]
-
-    def _transform(self, x: Tensor, *, back: bool = False) -> Tensor:
-        rows, columns = (self.rows.T, self.columns.T) if back else (self.rows, self.columns)
-        out: Tensor = (rows @ x.view(len(x), len(rows), len(columns)) @ columns.T).flatten(1)
-        return out
-
-
-def _cosines(size: int) -> Tensor:
-    """The orthonormal cosine transform (type II), float ``[size, size]``."""
-    n = torch.arange(size, dtype=torch.float64)
-    basis = torch.cos((2 * n[None, :] + 1) * n[:, None] * (torch.pi / (2 * size))) * (2 / size) ** 0.5
-    basis[0] *= 0.5**0.5
-    out: Tensor = basis.float()
-    return out
-
-
 class Complement:
     """The orthogonal complement of a few orthonormal columns, as an isometry that is cheap to apply.
 
@@ -395,6 +305,8 @@ class CoverTransformer(nn.Module):
     left: Tensor
     inner: Tensor
     ring: Tensor
+    scattered: Tensor
+    coarse: Tensor
 
     def __init__(self, config: CoverConfig, *, bits: int, size: int) -> None:
         super().__init__()
@@ -430,8 +342,15 @@ class CoverTransformer(nn.Module):
         if self.painter:
             self.painter.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # a fifth faster on CPUs
             self.context.requires_grad_(False)
-        self.mix_robust = Mixing(config.carriers, seed=1)
+        self.scatter = Mixing(config.carriers, seed=0)
+        self.repeated = int(self.scatter.size * _CLEAR) // _NUMBER
+        """How many carriers have each bit of the number."""
+        self.mix_robust = Mixing(self.scatter.size - _NUMBER * self.repeated, seed=1)
         self.mix_fine = Mixing(11 * n - lead_colour, seed=2)
+        generator = torch.Generator().manual_seed(3)
+        scattered = 2.0 * torch.randint(2, (1, 3, self.scatter.size), generator=generator) - 1
+        self.register_buffer("scattered", scattered, persistent=False)
+        self.register_buffer("coarse", torch.randn(lead + lead_colour, _NUMBER, generator=generator), persistent=False)
         self._ready: _WorkedOut | None = None
         secrets = sum(config.robust) + lead + lead_colour
         if secrets + _PATTERN > self.mix_robust.size or config.carriers > n - lead:
@@ -574,8 +493,12 @@ class CoverTransformer(nn.Module):
         count, n = len(shown), len(self.inner)
         robust_level, fine_level = self._amplitudes()
         smooth, free_colour = self._worked_out()[:2]
-        luma = (self._carried(self.mix_robust, robust, codes, smooth.shape[1]) * robust_level) @ smooth.T
-        carried = self._carried(self.mix_fine, fine, codes, 11 * n - b) * fine_level
+        number = self.number(seen)
+        robust_signs, fine_signs = self.signs(codes, number)
+        mixed = self._with_number(self._mixed(self.mix_robust, robust, robust_signs), number)
+        luma = F.pad(mixed * robust_level, (0, smooth.shape[1] - mixed.shape[1])) @ smooth.T
+        carried = self._mixed(self.mix_fine, fine, fine_signs)
+        carried = F.pad(carried, (0, 11 * n - b - carried.shape[1])) * fine_level
         colour, details = free_colour.into(carried[:, : 2 * n - b]), carried[:, 2 * n - b :].view(count, 3, 3, n)
         change = torch.cat([torch.cat([luma, colour], dim=1).view(count, 3, 1, n), details], dim=2)
         half = self.mean.shape[-1]
@@ -599,8 +522,10 @@ class CoverTransformer(nn.Module):
         smooth, free_colour = self._worked_out()[:2]
         carried = torch.cat([free_colour.of(low[:, n:]), beyond[:, :, 1:].flatten(1)], dim=1)
         scales, fine_scales = self.scales()
-        robust, found = self._read(self.mix_robust, (low[:, :n] @ smooth) / robust_level, codes, scales)
-        fine, _ = self._read(self.mix_fine, carried / fine_level, codes, fine_scales)
+        mixed, number = self.clear((low[:, :n] @ smooth) / robust_level)
+        robust_signs, fine_signs = self.signs(codes, number)
+        robust, found = self._read(self.mix_robust, mixed, robust_signs, scales)
+        fine, _ = self._read(self.mix_fine, carried / fine_level, fine_signs, fine_scales)
         r, q = config.robust
         mean = seen.mean * self.deviation
         a, b = self._leads()
@@ -659,19 +584,20 @@ class CoverTransformer(nn.Module):
         fine[2 * n - config.leading_colour :] *= 2 / 3**0.5
         return robust, fine
 
-    def _carried(self, mixing: Mixing, secrets: Tensor, codes: Tensor, size: int) -> Tensor:
-        """Secrets and the known pattern mixed into float ``[B, size]``, of mean square 1."""
+    def _mixed(self, mixing: Mixing, secrets: Tensor, drawn: Tensor) -> Tensor:
+        """Secrets and the known pattern mixed into float ``[B, mixing.size]``, of mean square 1."""
         known = secrets.new_ones(len(secrets), _PATTERN)
         spread = ((secrets.shape[1] + _PATTERN) / mixing.size) ** -0.5
         given = F.pad(torch.cat([secrets, known], dim=1), (0, mixing.size - secrets.shape[1] - _PATTERN))
-        return F.pad(mixing(given * spread, mixing.signs(codes)), (0, size - mixing.size))
+        out: Tensor = mixing(given * spread, drawn)
+        return out
 
-    def _read(self, mixing: Mixing, carried: Tensor, codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-        """The secrets of :meth:`_carried`, as likely as they are after the noise that the known pattern shows.
+    def _read(self, mixing: Mixing, carried: Tensor, drawn: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        """The secrets of :meth:`_mixed`, as likely as they are after the noise that the known pattern shows.
 
         Args:
             carried: float ``[B, size]``.
-            codes: that it is hidden under.
+            drawn: the signs that it is hidden under.
             scales: what secrets were divided by.
 
         Returns:
@@ -679,7 +605,7 @@ class CoverTransformer(nn.Module):
         """
         secrets = len(scales)
         spread = ((secrets + _PATTERN) / mixing.size) ** -0.5
-        found = mixing.inverse(carried[:, : mixing.size], mixing.signs(codes)) / spread
+        found = mixing.inverse(carried[:, : mixing.size], drawn) / spread
         known = found[:, secrets : secrets + _PATTERN]
         mean, power = known.mean(dim=1), known.square().mean(dim=1)
         gain, noise = mean.clamp_min(0)[:, None], (power - mean.square()).clamp_min(1e-8)[:, None]
@@ -687,6 +613,37 @@ class CoverTransformer(nn.Module):
         variance = scales.square() / scales.square().mean()
         likely = gain * variance / (gain.square() * variance + noise)
         return found[:, :secrets] * likely * scales, mean > _FOUND * power.sqrt()
+
+    # -- the number of a picture, which anybody may read ------------------------------------------------------------
+
+    def number(self, seen: Seen) -> Tensor:
+        """What keeps pictures of one password apart, int64 ``[B]``: of the context, coarse: it stays within a clip."""
+        bits = (seen.leading / self.leading_scale) @ self.coarse > 0
+        out: Tensor = (bits.long() << torch.arange(_NUMBER, device=bits.device)).sum(dim=1)
+        return out
+
+    def signs(self, codes: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the robust and of the fine mixing, of each code and number, float ``[B, 3, .]``."""
+        robust, fine = self.mix_robust.size, self.mix_fine.size
+        drawn = signs(codes, number, 3 * (robust + fine)).view(len(codes), 3, -1)
+        return drawn[..., :robust], drawn[..., robust:]
+
+    def _with_number(self, mixed: Tensor, number: Tensor) -> Tensor:
+        """Mixed secrets and the number, scattered, float ``[B, scatter.size]`` of mean square 1."""
+        bits = (number[:, None] >> torch.arange(_NUMBER, device=number.device)) & 1
+        clear = _LOUDER * (2 * bits - 1).to(mixed).repeat_interleave(self.repeated, dim=1)
+        power = (mixed.shape[1] + clear.shape[1] * _LOUDER**2) / self.scatter.size
+        given = F.pad(torch.cat([clear, mixed], dim=1), (0, self.scatter.size - clear.shape[1] - mixed.shape[1]))
+        out: Tensor = self.scatter(given / power**0.5, self.scattered)
+        return out
+
+    def clear(self, carried: Tensor) -> tuple[Tensor, Tensor]:
+        """Of carriers float ``[B, carriers]``: the mixed secrets, but for a factor, and the number int64 ``[B]``."""
+        read = self.scatter.inverse(carried[:, : self.scatter.size], self.scattered)
+        count = _NUMBER * self.repeated
+        bits = read[:, :count].view(len(read), _NUMBER, -1).sum(dim=2) > 0
+        number = (bits.long() << torch.arange(_NUMBER, device=bits.device)).sum(dim=1)
+        return read[:, count : count + self.mix_robust.size], number
 
     def _worked_out(self) -> _WorkedOut:
         if self._ready is None or self._ready.patterns.device != self.luma.device:

@@ -18,7 +18,7 @@ from mien.networks.painter import PainterConfig
 BITS, SIZE = 16, 64
 # A crop of 64 px has 312 blocks inside a face.
 CONFIG = CoverConfig(
-    leading_luma=3, leading_colour=2, landmarks=0, luma=40, colour=12, robust=(30, 8), likenesses=16, carriers=200,
+    leading_luma=3, leading_colour=2, landmarks=0, luma=40, colour=12, robust=(30, 8), likenesses=16, carriers=300,
     widths=(8, 16), features=32, painter=PainterConfig(widths=(8, 16)),
 )  # fmt: skip
 

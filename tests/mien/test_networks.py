@@ -25,7 +25,7 @@ SMALL: dict[str, networks.AnyConfig] = {
         colour=12,
         robust=(30, 8),
         likenesses=16,
-        carriers=200,
+        carriers=300,
         widths=(8, 16),
         features=32,
         painter=PainterConfig(widths=(8, 16)),

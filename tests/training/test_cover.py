@@ -16,7 +16,7 @@ from training.data import FaceShards
 from training.samples import from_uint8
 
 SMALL = CoverConfig(
-    leading_luma=3, leading_colour=2, landmarks=2, luma=40, colour=12, robust=(30, 8), likenesses=16, carriers=200,
+    leading_luma=3, leading_colour=2, landmarks=2, luma=40, colour=12, robust=(30, 8), likenesses=16, carriers=300,
     widths=(8, 16), features=32, painter=PainterConfig(widths=(8, 16)),
 )  # fmt: skip
 Fit = tuple[CoverTransformer, dict[str, float], FaceShards, FaceShards]

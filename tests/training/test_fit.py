@@ -27,7 +27,7 @@ SHIPPED = ROOT / "training" / "configs" / "fit" / "mien-128.yaml"
 # Few eigenfaces, samples and steps: what is tested is the road, not the model.
 SMALL = [
     'architecture={"name": "cover", "leading_luma": 3, "leading_colour": 2, "landmarks": 2, "luma": 40, "colour": 12,'
-    ' "robust": [30, 8], "likenesses": 16, "carriers": 200, "widths": [8, 16], "features": 32,'
+    ' "robust": [30, 8], "likenesses": 16, "carriers": 300, "widths": [8, 16], "features": 32,'
     ' "painter": {"widths": [8, 16]}}',
     "bits=16", "steps=20", "batch=8", "recogniser=null", "device=cpu", "threads=1", "patience=20",
 ]  # fmt: skip

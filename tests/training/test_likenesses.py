@@ -18,7 +18,7 @@ from training.samples import from_uint8
 
 COUNT = 8
 SMALL = CoverConfig(
-    leading_luma=3, leading_colour=2, landmarks=2, luma=40, colour=12, robust=(30, 8), likenesses=COUNT, carriers=200,
+    leading_luma=3, leading_colour=2, landmarks=2, luma=40, colour=12, robust=(30, 8), likenesses=COUNT, carriers=300,
     widths=(8, 16), features=32, painter=None,
 )  # fmt: skip
 
