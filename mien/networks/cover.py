@@ -624,9 +624,9 @@ class CoverTransformer(nn.Module):
 
     def signs(self, codes: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
         """Of the robust and of the fine mixing, of each code and number, float ``[B, 3, .]``."""
-        sizes = [3 * self.mix_robust.size, 3 * self.mix_fine.size]
-        robust, fine = signs(codes, number, sum(sizes)).split_with_sizes(sizes, dim=1)
-        return robust.unflatten(1, (3, -1)), fine.unflatten(1, (3, -1))
+        first, second = 3 * self.mix_robust.size, 3 * self.mix_fine.size
+        drawn = signs(codes, number, first + second)
+        return drawn[:, :first].view(len(codes), 3, -1), drawn[:, first:].view(len(codes), 3, -1)
 
     def _with_number(self, mixed: Tensor, number: Tensor) -> Tensor:
         """Mixed secrets and the number, scattered, float ``[B, scatter.size]`` of mean square 1."""
