@@ -1,13 +1,13 @@
 """Attacks on the cover transformer (:mod:`mien.networks.cover`) by who knows how it works.
 
 Of the context c, which anybody reads from A, it paints one of a few hundred likenesses s(p) and adds the real face's
-coordinates x, scaled, under a keyed orthonormal mixing:
+coordinates x, scaled, under an orthonormal mixing that is keyed with the code and a number k of the context:
 
-    A = f(c, s(p)) + O_p x,    O_p = D2 C D1 P C D0
+    A = f(c, s(p)) + O x,    O = D2 C D1 P C D0
 
-where D are signs, each the parity of half of the code's bits, C is a cosine transform and P a shuffle that all share.
-So the likeness is read from A; what is hidden lies bare once f is taken away; whether a code is right is told by the
-known pattern in x; and pairs of one password tell O_p, and by its signs the code.
+where D are signs that a cipher draws for p and k, C is a cosine transform and P a shuffle that all share. So the
+likeness is read from A; O x and k lie bare once f is taken away; whether a code is right is told by the known pattern
+in x; and pairs of one password *and one k* tell O, but not the code.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mien.networks import cover
-from mien.networks.cover import CoverTransformer, Mixing, Seen
+from mien.networks.cover import CoverTransformer, Seen
+from mien.networks.mixing import Mixing, signs
 from services.evaluate.attackers import Advance
 from services.evaluate.chain import Codes
 from services.evaluate.distances import Floats, Pixels, to_pixels, to_tensor
@@ -33,11 +34,8 @@ _PICTURES: Final = 32
 _SHORTLIST: Final = 8
 # Hidden coordinates that pairs are asked about, the strongest: more tell little more.
 _ASKED: Final = 96
-# Of the signs that pairs tell, the surest; and how often some of them are drawn to solve for a code.
-_SUREST: Final = 200
-_DRAWS: Final = 400
-# How much better than half of the other signs a code must explain, in standard deviations of a wrong one.
-_BETTER: Final = 5.0
+# How often signs are mended.
+_MENDED: Final = 20
 
 
 def _some(network: CoverTransformer, pictures: Pixels) -> Iterator[tuple[slice, Tensor, Seen]]:
@@ -117,6 +115,12 @@ def shown_likeness(
     return np.concatenate(found)
 
 
+@torch.no_grad()
+def picture_numbers(network: CoverTransformer, pictures: Pixels) -> NDArray[np.int64]:
+    """k of pictures that are not anonymized yet: of their contexts."""
+    return np.concatenate([network.number(seen).numpy() for _, _, seen in _some(network, pictures)])
+
+
 # What is hidden. ---------------------------------------------------------------------------------------------------
 
 
@@ -128,17 +132,18 @@ def _beyond(network: CoverTransformer, stretched: Tensor, seen: Seen, likeness: 
 
 @torch.no_grad()
 def carried(
-    network: CoverTransformer, pictures: Pixels, numbers: NDArray[np.int64], advance: Advance = lambda done: None
-) -> Floats:
-    """O_p x but for a factor: what pictures hide beyond the likenesses that they show, float ``[M, mixed]``."""
+    network: CoverTransformer, pictures: Pixels, likenesses: NDArray[np.int64], advance: Advance = lambda done: None
+) -> tuple[Floats, NDArray[np.int64]]:
+    """O x but for a factor, and k, of what pictures hide beyond the likenesses they show: ``[M, size]`` and ``[M]``."""
     smooth = network._worked_out().smooth
-    found = []
+    mixed, numbers = [], []
     for part, stretched, seen in _some(network, pictures):
-        likeness = network.likenesses.faces[torch.from_numpy(numbers[part])]
-        read = _beyond(network, stretched, seen, likeness) @ smooth
-        found.append(read[:, : network.mix_robust.size].double().numpy())
+        likeness = network.likenesses.faces[torch.from_numpy(likenesses[part])]
+        found, number = network.clear(_beyond(network, stretched, seen, likeness) @ smooth)
+        mixed.append(found.double().numpy())
+        numbers.append(number.numpy())
         advance(part.stop - part.start)
-    return np.concatenate(found)
+    return np.concatenate(mixed), np.concatenate(numbers)
 
 
 def known_numbers() -> int:
@@ -146,15 +151,21 @@ def known_numbers() -> int:
     return cover._PATTERN
 
 
+def drawn(network: CoverTransformer, codes: Codes, number: int) -> Tensor:
+    """The signs of codes for a picture of this number, float ``[B, 3, size]``: those of the robust part alone."""
+    p, size = signed(codes), network.mix_robust.size
+    return signs(p, torch.full((len(p),), number), 3 * size).view(len(p), 3, size)
+
+
 @torch.no_grad()
-def pattern(network: CoverTransformer, hidden: Floats, codes: Codes) -> Floats:
-    """How much of the known pattern each code finds in what one picture hides, ``[mixed]``: cosines float ``[B]``."""
-    mixing, given = network.mix_robust, torch.from_numpy(hidden).float()
-    known = slice(len(network.scales()[0]), len(network.scales()[0]) + known_numbers())
+def pattern(network: CoverTransformer, mixed: Floats, number: int, codes: Codes) -> Floats:
+    """How much of the known pattern each code finds in one picture's O x, ``[size]``: cosines float ``[B]``."""
+    given, secrets = torch.from_numpy(mixed).float(), len(network.scales()[0])
     found = []
     for start in range(0, len(codes), _CHUNK):
-        p = signed(codes[start : start + _CHUNK])
-        read = mixing.inverse(given.expand(len(p), -1), mixing.signs(p))[:, known]
+        p = codes[start : start + _CHUNK]
+        read = network.mix_robust.inverse(given.expand(len(p), -1), drawn(network, p, number))
+        read = read[:, secrets : secrets + known_numbers()]
         found.append((read.mean(dim=1) / read.square().mean(dim=1).sqrt().clamp_min(1e-9)).double().numpy())
     return np.concatenate(found)
 
@@ -173,6 +184,19 @@ class Affine:
     def __call__(self, given: Floats) -> Floats:
         out: Floats = (given - self.given) @ self.slope + self.wanted
         return out
+
+
+@torch.no_grad()
+def with_context_of(network: CoverTransformer, victim: Pixels, pictures: Pixels) -> Pixels:
+    """The faces of pictures uint8 ``[M, S, S, 3]`` in the context, and so of the number, of one ``[S, S, 3]``."""
+    _, _, mine = next(_some(network, victim[None]))
+    out = []
+    for _, stretched, seen in _some(network, pictures):
+        here = Seen(*(part.expand(len(stretched), *part.shape[1:]) for part in mine))
+        low = network.plan(here, network.coordinates(stretched, seen))
+        made = cover.synthesise_blocks(torch.cat([low[:, :, None], cover.foretold(low) * network.area], dim=2))
+        out.append(to_pixels(cover.unstretch(cover.stretched_of(made))))
+    return np.concatenate(out)
 
 
 @torch.no_grad()
@@ -199,72 +223,62 @@ def opened(network: CoverTransformer, pictures: Pixels, numbers: NDArray[np.int6
     return np.concatenate(out)
 
 
-# The code. ---------------------------------------------------------------------------------------------------------
+# The signs. --------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def last_signs(mixing: Mixing, x: Floats, hidden: Floats, ridge: float = 0.03) -> Floats:
-    """D2 of pairs of one password: float ``[size]``, its signs right or all of them wrong, the larger the surer.
+def signs_of(mixing: Mixing, x: Floats, mixed: Floats, ridge: float = 0.03) -> Tensor:
+    """All signs of a code and number, float ``[1, 3, size]``, from pairs of these; the code they do not tell.
 
-    O_p x is linear in the signs of each of the three layers. Let w be what regression says of O_p's column of one
+    O x is linear in the signs of each of the three layers. Let w be what regression says of O's column of one
     coordinate. w w^T has a mean that is D2 K D2, with a known K: the entrywise product with K, summed over coordinates,
-    has the signs for its leading eigenvector.
+    has the signs of D2 for its leading eigenvector. D1 and D0 are then a singular vector each, and what each of the
+    three says of the others mends what is wrong.
 
     Args:
         x: what is hidden, the known pattern included, float ``[k, r]``.
-        hidden: as :func:`carried` reads it, float ``[k, size]``.
+        mixed: as :func:`carried` reads it, float ``[k, size]``.
     """
-    given, seen = torch.from_numpy(x).float(), torch.from_numpy(hidden).float()
-    kernel = given @ given.T
+    given, seen = torch.from_numpy(x).float(), torch.from_numpy(mixed).float()
+    seen = seen * (given.norm() / seen.norm())  # O is orthonormal
+    centred = given - given.mean(dim=0)
+    kernel = centred @ centred.T
     kernel += ridge * kernel.diagonal().mean() * torch.eye(len(kernel))
-    columns = given.T @ torch.linalg.solve(kernel, seen)
+    columns = centred.T @ torch.linalg.solve(kernel, seen - seen.mean(dim=0))
     cosines = torch.kron(mixing.rows, mixing.columns)  # C: rows are what comes out
-    first = cosines.T[:, mixing.shuffle]
-    agreement = torch.zeros(mixing.size, mixing.size)
+    first = cosines[mixing.shuffle]
+    # What all have in common, the known pattern above all, is a column too.
+    common = given.mean(dim=0) / given.mean(dim=0).norm()
+    column = seen.mean(dim=0) / seen.mean(dim=0).norm()
+    spread = first[:, : len(common)].square() @ common.square()
+    agreement = torch.outer(column, column) * ((cosines * spread) @ cosines.T)
     for m in columns.square().sum(dim=1).argsort(descending=True)[:_ASKED].tolist():
-        agreement += torch.outer(columns[m], columns[m]) * ((cosines * first[m].square()) @ cosines.T)
+        agreement += torch.outer(columns[m], columns[m]) * ((cosines * first[:, m].square()) @ cosines.T)
     agreement.fill_diagonal_(0)
-    out: Floats = torch.linalg.eigh(agreement)[1][:, -1].double().numpy()
-    return out
+    last = torch.linalg.eigh(agreement)[1][:, -1]
+    first = first[:, : given.shape[1]]
+    between = (seen * last.sign()) @ cosines
+    left, _, right = torch.linalg.svd((between.T @ given) * first)
+    middle, early = left[:, 0].sign(), right[0].sign()
+    for _ in range(_MENDED):
+        after = (given * early) @ first.T
+        last = (seen * ((after * middle) @ cosines.T)).sum(dim=0)
+        between = (seen * last.sign()) @ cosines
+        middle = (between * after).sum(dim=0).sign()
+        early = (given * ((between * middle) @ first)).sum(dim=0).sign()
+    # Of coordinates in which nothing is hidden no sign is asked for.
+    early = F.pad(early, (0, mixing.size - len(early)), value=1.0)
+    return torch.stack([early, middle, last.sign()])[None]
 
 
-def code_of(mixing: Mixing, signs: Floats, seed: int) -> Codes | None:
-    """The code bool ``[N]`` whose last signs these are, up to all of them; None where no code explains them.
-
-    Signs are parities of bits, so as many sure ones as there are bits are linear equations over GF(2).
-    """
-    masks = mixing.masks[2].numpy().T  # [size, N]
-    bits = masks.shape[1]
-    # One more unknown: whether all signs are turned.
-    equations = np.concatenate([masks, np.ones((len(masks), 1), dtype=masks.dtype), (signs < 0)[:, None]], axis=1)
-    equations = equations.astype(np.uint8)
-    surest = np.argsort(-np.abs(signs))[: min(_SUREST, len(signs) // 2)]
-    rng = np.random.default_rng([seed, 15])
-    for _ in range(_DRAWS):
-        drawn = rng.permutation(surest)[: bits + 8]
-        solved = _solve(equations[drawn])
-        if solved is None:
-            continue
-        others = np.delete(equations, drawn, axis=0)
-        told = (others[:, :-1] @ solved) % 2 == others[:, -1]
-        if told.mean() > 0.5 + _BETTER * 0.5 / len(told) ** 0.5:
-            return solved[:bits].astype(np.bool_)
-    return None
-
-
-def _solve(equations: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
-    """The solution of linear equations over GF(2), the last column their right side; None where it is not one."""
-    rows, unknowns = equations.copy(), equations.shape[1] - 1
-    for column in range(unknowns):
-        pivots = rows[column:, column].nonzero()[0]
-        if not len(pivots):
-            return None
-        pivot = column + int(pivots[0])
-        rows[[column, pivot]] = rows[[pivot, column]]
-        others = rows[:, column].astype(np.bool_)
-        others[column] = False
-        rows[others] ^= rows[column]
-    return rows[:unknowns, -1]
+@torch.no_grad()
+def read(network: CoverTransformer, mixed: Floats, solved: Tensor) -> Floats:
+    """x of O x, float ``[M, r]``, by signs ``[1, 3, size]``."""
+    given, secrets = torch.from_numpy(mixed).float(), len(network.scales()[0])
+    out = network.mix_robust.inverse(given, solved.expand(len(given), -1, -1))
+    known = out[:, secrets : secrets + known_numbers()].mean()
+    found: Floats = (out[:, :secrets] / known).double().numpy()
+    return found
 
 
 def all_codes(bits: int) -> Codes:

@@ -33,8 +33,8 @@ ABOUT: Final[dict[str, tuple[str, str]]] = {
         "many originals beside their A under one password: does least squares open others?",
         "cover; `--train-data`",
     ),
-    "attack-code-of-pairs": (
-        "a few originals beside their A under one password: is the code solved for?",
+    "attack-chosen-pairs": (
+        "pairs of the password made for one A: do they open it?",
         "cover; `--train-data`",
     ),
     "attack-pattern": ("does a code betray that it is right when it is tried, and how long does trying take?", "cover"),

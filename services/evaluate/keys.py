@@ -200,9 +200,17 @@ KEYS: Final[dict[str, tuple[Key, ...]]] = {
         Key("attack.known-pairs.<pairs>.chance", "the anonymized face itself passes"),
         Key("attack.known-pairs.<pairs>.psnr", "what is opened so, against I, dB", "interval"),
         Key("attack.known-pairs.<pairs>.explained", "of the variance of the hidden face, solved so", "interval"),
-        Key("attack.code-of-pairs.<few>.success", "so many pairs of a password give its exact code", "interval"),
-        Key("attack.code-of-pairs.<few>.chance", "2^-bits"),
-        Key("attack.code-of-pairs.<few>.seconds", "seconds a password"),
+        Key(
+            "attack.chosen-pairs.<few>.success", "opened by so many pairs that were made for it, it passes", "interval"
+        ),
+        Key("attack.chosen-pairs.<few>.chance", "the anonymized face itself passes"),
+        Key("attack.chosen-pairs.<few>.explained", "of the power of the hidden face, solved so", "interval"),
+        Key("attack.chosen-pairs.<few>.seconds", "seconds of solving a picture"),
+        Key(
+            "attack.chosen-pairs.same-number",
+            "share of faces that have A's number once they are in its context",
+            "interval",
+        ),
         Key("attack.pattern.success", "of the codes tried the right one finds most of the known pattern", "interval"),
         Key("attack.pattern.chance", "1 / codes tried"),
         Key("attack.pattern.codes-tried", "codes tried a face, all of which pick the likeness that A shows"),

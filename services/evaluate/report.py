@@ -90,7 +90,11 @@ ATTACKS: Final = {
         for n in KNOWN_PAIRS
     },
     **{
-        f"code-of-pairs.{n}": (f"{n} known pairs, solved", "the same", "the exact code of the password")
+        f"chosen-pairs.{n}": (
+            f"{n} pairs made for A",
+            "model and design, A, the password's service",
+            "A is opened: passes as the person; chance: A does",
+        )
         for n in FEW_PAIRS
     },
     "pattern": ("codes by the known pattern", "model and design, A", "the right code comes first of all tried"),
@@ -697,9 +701,9 @@ def _attacks(flat: Flat, series: Mapping[str, Any], pictures: Mapping[str, str])
         told, bits = float(flat["attack.likeness.bits-told"]), float(flat["model.bits"])
         section.text.append(
             f"The face that A shows is one of {2.0**told:,.0f} likenesses, which the code picks: where it is read,"
-            f" {told:.0f} of its {bits:.0f} bits are known. And for one password what is hidden is a linear function of"
-            " the real face: a few dozen pairs of original and anonymized picture give the code of that password,"
-            " whatever its length. Never give out originals of what was published anonymized."
+            f" {told:.0f} of its {bits:.0f} bits are known. And who may have pictures of their own anonymized under the"
+            " password makes pairs of original and anonymized picture that open the pictures that they are made for,"
+            " whatever the length of its code. One password for one purpose."
         )
     ranks = Table(
         ["does the right one of the candidates come out on top?", "area under the curve (chance 0.5)", "first by eight"]

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 MAY_LACK = (
     "realism.fid", "realism.frechet.alexnet", "recovery.lpips", "recovery.float", "background.picture", "lfw-pairs",
     "video", "baselines.", "ablations.", "diversity.grid-256", "detection.", "attack.best-looking", "attack.grid",
-    "attack.known-pairs", "attack.code-of-pairs", "attack.pattern", "attack.likeness", "attack.outline",
+    "attack.known-pairs", "attack.chosen-pairs", "attack.pattern", "attack.likeness", "attack.outline",
     "attack.hidden-linking", "attack.invariants",
 )  # fmt: skip
 

@@ -8,7 +8,6 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from mien import passwords
 from mien.networks import CoverTransformer
 from services.evaluate import covers, distances, files
 from services.evaluate.chain import Codes
@@ -23,8 +22,8 @@ from services.evaluate.parts.attacks_known import one_code, pass_as_one
 KNOWN_PAIRS: Final = (1, 64, 512, 2048)
 FEW_PAIRS: Final = (16, 32, 64)
 _VICTIMS: Final = 24
-# Passwords whose code is solved for.
-_PASSWORDS: Final = 4
+# Pictures that are opened by pairs made for each.
+_CHOSEN: Final = 6
 # Regression on fewer faces says nothing.
 _FEWEST: Final = 100
 # All codes are tried where there are no more bits than this.
@@ -70,7 +69,7 @@ def pattern(context: Context) -> Result:
     count = min(context.sizes.candidates_faces, len(context.sample.faces))
     pictures = context.chain("A", count)
     numbers = covers.shown_likeness(network, pictures)
-    hidden = covers.carried(network, pictures, numbers)
+    mixed, own = covers.carried(network, pictures, numbers)
     everything = covers.all_codes(bits) if bits <= _EXHAUSTIBLE else None
     whose = covers.number_of(network, everything) if everything is not None else None
     firsts, right, wrong, spent, tried = [], [], [], 0.0, 0
@@ -86,7 +85,7 @@ def pattern(context: Context) -> Result:
                 # The right code is among those tried only where the likeness was read right.
                 codes = covers.with_number(network, np.concatenate([truth[None], others]), number)
             begun = time.perf_counter()
-            scores = covers.pattern(network, hidden[i], codes)
+            scores = covers.pattern(network, mixed[i], int(own[i]), codes)
             spent += time.perf_counter() - begun
             tried += len(codes)
             same = (codes == truth).all(axis=1)
@@ -125,7 +124,7 @@ def likeness(context: Context) -> Result:
 
 
 def known_pairs(context: Context) -> Result:
-    """Pairs of one password: least squares from what is hidden to the face opens its other pictures without the code.
+    """Pairs of one password: does least squares from what is hidden to the face open its other pictures?
 
     The attacker makes the pairs of other people's faces, as who may have pictures anonymized under the password can.
     """
@@ -148,12 +147,12 @@ def known_pairs(context: Context) -> Result:
     known = known[: counts[-1]]
     with context.progress.stage("pairs of one password", len(known)) as advance:
         wanted = covers.secrets(network, known)
-        given = covers.carried(network, one_code(context, known, code), np.full(len(known), number[0]), advance)
-    hidden, truth = covers.carried(network, theirs, number), covers.secrets(network, victims)
+        given, _ = covers.carried(network, one_code(context, known, code), np.full(len(known), number[0]), advance)
+    mixed, truth = covers.carried(network, theirs, number)[0], covers.secrets(network, victims)
     rows, shown = [list(victims[:6]), list(theirs[:6])], []
     before = float(pass_as_one(context, judge, list(victims), list(theirs), threshold).mean())
     for count in counts:
-        found = covers.Affine(given[:count], wanted[:count])(hidden)
+        found = covers.Affine(given[:count], wanted[:count])(mixed)
         back = files.save(covers.opened(network, theirs, number, found))
         result.mean(f"{key}.{count}.success", pass_as_one(context, judge, list(victims), list(back), threshold))
         result.number(f"{key}.{count}.chance", before)
@@ -167,37 +166,56 @@ def known_pairs(context: Context) -> Result:
     return result
 
 
-def code_of_pairs(context: Context) -> Result:
-    """A few pairs of one password: the code itself, solved for, which opens all of the password's pictures exactly."""
+def chosen_pairs(context: Context) -> Result:
+    """Who may have pictures anonymized under a password puts other faces into A's context: its number is theirs.
+
+    A few such pairs are solved for the signs of that number, which open A.
+    """
     result = Result()
-    key, bits = "attack.code-of-pairs", context.subject.bits
+    key = "attack.chosen-pairs"
     network = _network(context, result, key)
     if network is None:
         return result
-    known = _others(context)[: FEW_PAIRS[-1]]
-    counts = [k for k in FEW_PAIRS if k <= len(known)]
-    if not counts:
-        result.skip(key, f"{len(known)} faces of other people; {FEW_PAIRS[0]} are needed (--train-data)")
+    known = _others(context)[: 2 * FEW_PAIRS[-1]]
+    if len(known) < _FEWEST:
+        result.skip(key, f"{len(known)} faces of other people; {_FEWEST} are needed (--train-data)")
         return result
-    codes = passwords.random_codes(_PASSWORDS, bits, np.random.default_rng([context.seed, 16]))
-    x = np.concatenate([covers.secrets(network, known), np.ones((len(known), covers.known_numbers()))], axis=1)
-    exact: dict[int, list[bool]] = {count: [] for count in counts}
-    spent = dict.fromkeys(counts, 0.0)
-    with context.progress.stage("codes solved for", len(codes) * len(counts)) as advance:
-        for i, code in enumerate(codes):
-            theirs = one_code(context, known, code)
-            hidden = covers.carried(network, theirs, _all_show(network, theirs))
-            for count in counts:
+    judge = context.headline
+    threshold = verification.thresholds(context, judge)[0]
+    victims = min(_CHOSEN, len(context.sample.faces))
+    hidden, real = context.chain("A", victims), context.sample.faces.images[:victims]
+    truth, likenesses = covers.secrets(network, real), covers.shown_likeness(network, hidden)
+    mixed, own = covers.carried(network, hidden, likenesses)
+    opened: dict[int, list[Pixels]] = {count: [] for count in FEW_PAIRS}
+    explained: dict[int, list[float]] = {count: [] for count in FEW_PAIRS}
+    spent, same = dict.fromkeys(FEW_PAIRS, 0.0), []
+    with context.progress.stage("chosen pairs", victims) as advance:
+        for i in range(victims):
+            mine = slice(i, i + 1)
+            made = files.save(covers.with_context_of(network, hidden[i], known))
+            fits = covers.picture_numbers(network, made) == own[i]
+            same.append(float(fits.mean()))
+            made = made[fits][: FEW_PAIRS[-1]]
+            if not len(made):
+                made = hidden[mine]  # nothing can be learned of it
+            theirs = one_code(context, made, context.chain.codes["first"][i])
+            given, _ = covers.carried(network, theirs, np.full(len(made), likenesses[i]))
+            x = np.concatenate([covers.secrets(network, made), np.ones((len(made), covers.known_numbers()))], axis=1)
+            for count in FEW_PAIRS:
                 begun = time.perf_counter()
-                signs = covers.last_signs(network.mix_robust, x[:count], hidden[:count])
-                found = covers.code_of(network.mix_robust, signs, seed=i)
+                solved = covers.signs_of(network.mix_robust, x[:count], given[:count])
                 spent[count] += time.perf_counter() - begun
-                exact[count].append(found is not None and bool((found == code).all()))
-                advance(1)
-    for count in counts:
-        result.mean(f"{key}.{count}.success", exact[count])
-        result.number(f"{key}.{count}.chance", 2.0**-bits)
-        result.number(f"{key}.{count}.seconds", spent[count] / len(codes))
+                found = covers.read(network, mixed[mine], solved)
+                opened[count].append(files.save(covers.opened(network, hidden[mine], likenesses[mine], found))[0])
+                explained[count].append(float(1 - np.square(found - truth[i]).sum() / np.square(truth[i]).sum()))
+            advance(1)
+    before = float(pass_as_one(context, judge, list(real), list(hidden), threshold).mean())
+    for count in FEW_PAIRS:
+        result.mean(f"{key}.{count}.success", pass_as_one(context, judge, list(real), opened[count], threshold))
+        result.number(f"{key}.{count}.chance", before)
+        result.mean(f"{key}.{count}.explained", explained[count], share=False)
+        result.number(f"{key}.{count}.seconds", spent[count] / victims)
+    result.mean(f"{key}.same-number", same, share=False)
     return result
 
 
@@ -221,7 +239,7 @@ def outline(context: Context) -> Result:
 
 
 def hidden_linking(context: Context) -> Result:
-    """Two photos of one person under one password, no code: mixing turns, so hidden faces are as near as real ones."""
+    """Two photos of one person under one password, no code: is what they hide as near as the faces are?"""
     result = Result()
     key, sample = "attack.hidden-linking", context.sample
     network = _network(context, result, key)
@@ -236,7 +254,7 @@ def hidden_linking(context: Context) -> Result:
 
     def hidden(pictures: Pixels, under: Codes) -> Floats:
         made = one_code(context, pictures, under)
-        return covers.carried(network, made, _all_show(network, made))
+        return covers.carried(network, made, _all_show(network, made))[0]
 
     mine = hidden(first, code)
     for name, theirs in (("success", hidden(second, code)), ("two-passwords", hidden(second, other))):
