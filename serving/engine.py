@@ -24,6 +24,7 @@ from mien import __version__
 from serving import logs
 from serving.batching import Batcher
 from serving.keys import Gate
+from serving.memory import Trimmer
 from serving.metrics import Metrics
 from serving.models import Models, Served
 from serving.problems import (
@@ -166,6 +167,7 @@ class Engine:
         self.status: Status = "loading"
         self.gate = Gate(settings, self.log)
         self.models = Models(settings, metrics, self.log)
+        self._memory = Trimmer()
         self._uploading = 0
         self._buffered = 0
         self._waiting = 0
@@ -194,6 +196,7 @@ class Engine:
 
     def start(self) -> None:
         """Begin to load the model; :attr:`status` says how it went."""
+        self._memory.start()
         self.models.start(self._loaded, self._failed)
 
     def _loaded(self) -> None:
@@ -209,6 +212,7 @@ class Engine:
         """Refuse new work, finish what is admitted, end the threads."""
         self.status = "closed"
         self.models.close()
+        self._memory.close()
         self._pool.shutdown(wait=True)
         self._kdf.shutdown(wait=True)
         self._batcher.close()

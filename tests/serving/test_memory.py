@@ -1,0 +1,55 @@
+"""Memory that is free goes back: serving.memory."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from serving.memory import Trimmer
+
+
+def resident() -> int:
+    """MiB of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="the C library is not glibc")
+def test_holes_that_a_thread_leaves_go_back_to_the_system() -> None:
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = (
+        ctypes.c_void_p,
+        [ctypes.c_size_t],
+        [ctypes.c_void_p],
+    )
+    done, end = threading.Event(), threading.Event()
+
+    def work() -> None:
+        # 64 MiB in pieces that an arena holds, all but the last freed: only trimming gives back what lies below it.
+        pieces = [libc.malloc(64 << 10) for _ in range(1024)]
+        for piece in pieces:
+            ctypes.memset(piece, 1, 64 << 10)
+        for piece in pieces[:-1]:
+            libc.free(piece)
+        done.set()
+        end.wait(30)
+        libc.free(pieces[-1])
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    assert done.wait(30)
+    before = resident()
+    trimmer = Trimmer(seconds=0.05)
+    trimmer.start()
+    deadline = time.monotonic() + 20
+    while resident() > before - 32 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    after = resident()
+    trimmer.close()
+    end.set()
+    worker.join()
+    assert after <= before - 32
+    assert not any(thread.name == "mien-memory" for thread in threading.enumerate())
