@@ -617,7 +617,10 @@ class CoverTransformer(nn.Module):
     # -- the number of a picture, which anybody may read ------------------------------------------------------------
 
     def number(self, seen: Seen) -> Tensor:
-        """What keeps pictures of one password apart, int64 ``[B]``: of the context, coarse: it stays within a clip."""
+        """What keeps pictures of one password apart, int64 ``[B]``: of the context.
+
+        So coarse that neighbouring frames of a clip have mostly the same, and what is hidden does not flicker.
+        """
         bits = (seen.leading / self.leading_scale) @ self.coarse > 0
         out: Tensor = (bits.long() << torch.arange(_NUMBER, device=bits.device)).sum(dim=1)
         return out
