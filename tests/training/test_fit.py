@@ -16,7 +16,7 @@ from storage import registry
 from tests.s3 import S3Server, s3_server
 from tests.training.conftest import write_shards
 from tests.training.launch import Start, environment, free_port, wait_for
-from training import cover, fit
+from training import config, cover, fit
 
 __all__ = ["s3_server"]
 
@@ -78,10 +78,10 @@ def test_a_fit_from_s3_is_a_candidate_that_promotion_asks_for_its_report(
     ]  # fmt: skip
     assert fit.main([*command, f"runs={tmp_path / 'one'}", f"export={tmp_path / 'model'}"]) == 0
     said = capsys.readouterr().out.splitlines()
-    folder = tmp_path / "one" / "mien-128"
+    folder = tmp_path / "one" / "mien-128-fit"
     assert said[-2].startswith("models:/mien/1 is the candidate") and said[-1] == str(tmp_path / "model")
-    network, config = store.load(registry.fetch("models:/mien@candidate"))
-    assert network.config.luma == 40 and config.bits == 16 and config.images_seen == 160
+    network, stored = store.load(registry.fetch("models:/mien@candidate"))
+    assert network.config.luma == 40 and stored.bits == 16 and stored.images_seen == 160
     assert (folder / "model" / store.WEIGHTS).read_bytes() == (tmp_path / "model" / store.WEIGHTS).read_bytes()
 
     client = mlflow.MlflowClient(server, server)
@@ -90,8 +90,8 @@ def test_a_fit_from_s3_is_a_candidate_that_promotion_asks_for_its_report(
     assert made.info.status == "FINISHED" and made.data.params["architecture.likenesses"] == "16"
     assert made.data.metrics.keys() >= {"val/explained", "val/energy", "val/L1_I_R", "seconds"}
     assert made.data.metrics["val/L1_I_R"] < 0.02 < made.data.metrics["val/L1_I_A1"]
-    assert version.tags["digest"] == config.digest and version.tags["data_digest"] == config.data_digest
-    assert made.inputs.dataset_inputs[0].dataset.digest == config.data_digest[:36]
+    assert version.tags["digest"] == stored.digest and version.tags["data_digest"] == stored.data_digest
+    assert made.inputs.dataset_inputs[0].dataset.digest == stored.data_digest[:36]
     assert [f.path for f in client.list_artifacts(version.run_id, "samples")] == ["samples/nimg-000000000160.png"]
     assert "no recogniser" in version.description
 
@@ -120,7 +120,7 @@ def test_what_is_away_may_be_tried_again_and_what_is_wrong_may_not(
     nobody = f"mlflow=http://127.0.0.1:{free_port()}"
     assert fit.main([*command, nobody, "patience=1"]) == 75
     said = capsys.readouterr().err
-    folder = tmp_path / "runs" / "mien-128"
+    folder = tmp_path / "runs" / "mien-128-fit"
     assert f"python -m training.tracking {folder}" in said
     assert (folder / "model" / store.WEIGHTS).exists()  # what was fitted is not lost
     assert fit.main([*command, nobody, "seed=1", "patience=1"]) == 1  # it would be, for MLflow
@@ -131,11 +131,12 @@ def test_what_is_away_may_be_tried_again_and_what_is_wrong_may_not(
     assert fit.main([*command, "--dry-run"]) == 0 and '"steps": 20' in capsys.readouterr().out
 
 
-def test_the_config_that_ships_is_a_cover_transformer_with_its_defaults() -> None:
-    config = fit.load(SHIPPED)
-    assert config.architecture == CoverConfig() and config.bits == 64
-    assert config.recogniser is not None and config.recogniser.steps == cover.APART
+def test_the_configs_that_ship_are_a_fit_and_a_painter_that_goes_on_from_it() -> None:
+    fitted, painted = fit.load(SHIPPED), config.load(ROOT / "training" / "configs" / "mien-128.yaml")
+    assert fitted.architecture == CoverConfig(painter=None) and fitted.bits == 64
+    assert fitted.recogniser is not None and fitted.recogniser.steps == cover.APART
     # What shall tell likenesses apart is found where the data are.
-    assert "$" not in config.recogniser.weights and config.recogniser.weights.endswith(
-        "mobilefacenet_casia.safetensors"
-    )
+    assert "$" not in fitted.recogniser.weights
+    assert isinstance(painted.architecture, CoverConfig) and painted.architecture.painter is not None
+    assert painted.architecture.model_copy(update={"painter": None}) == fitted.architecture
+    assert painted.bits == fitted.bits and painted.recogniser.name == fitted.recogniser.name
