@@ -73,7 +73,7 @@ class FitConfig(Config):
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
     runs: str = Field("runs", description="folder of runs; this one lies in runs/name")
     seed: NonNegativeInt = 0
-    bits: int = Field(64, gt=0, multiple_of=4)
+    bits: int = Field(128, gt=0, multiple_of=4)
     architecture: CoverConfig = CoverConfig()
     data: FitData
     recogniser: FitRecogniser | None = Field(None, description="None leaves likenesses as they fall")

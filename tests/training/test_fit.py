@@ -133,7 +133,7 @@ def test_what_is_away_may_be_tried_again_and_what_is_wrong_may_not(
 
 def test_the_configs_that_ship_are_a_fit_and_a_painter_that_goes_on_from_it() -> None:
     fitted, painted = fit.load(SHIPPED), config.load(ROOT / "training" / "configs" / "mien-128.yaml")
-    assert fitted.architecture == CoverConfig(painter=None) and fitted.bits == 64
+    assert fitted.architecture == CoverConfig(painter=None) and fitted.bits == 128
     assert fitted.recogniser is not None and fitted.recogniser.steps == cover.APART
     # What shall tell likenesses apart is found where the data are.
     assert "$" not in fitted.recogniser.weights
