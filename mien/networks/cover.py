@@ -302,6 +302,7 @@ class CoverTransformer(nn.Module):
     rest_deviation: Tensor
     area: Tensor
     outside: Tensor
+    within: Tensor
     left: Tensor
     inner: Tensor
     ring: Tensor
@@ -317,6 +318,7 @@ class CoverTransformer(nn.Module):
         away = radius(half)
         self.register_buffer("area", (away < 1).float(), persistent=False)
         self.register_buffer("outside", (away >= 1).float(), persistent=False)
+        self.register_buffer("within", (away < _INNER).float(), persistent=False)
         self.register_buffer("inner", (away < _INNER).reshape(-1).nonzero()[:, 0], persistent=False)
         self.register_buffer("ring", ((away >= _INNER) & (away < 1)).reshape(-1).nonzero()[:, 0], persistent=False)
         self.register_buffer("left", _left_over(away, size)[None, None], persistent=False)
@@ -537,7 +539,7 @@ class CoverTransformer(nn.Module):
         low_real = self.put(luma + fine[:, :n], colour + fine[:, n : 3 * n]) + self.mean * self.area
         passing = expected + (stretched - expected) / self.left.clamp_min(_LEFT)
         whole = analyse_blocks(planes_of(passing))
-        inner = self._mask()
+        inner = self.within > 0
         means = torch.where(inner, low_real, whole[:, :, 0])
         half = self.mean.shape[-1]
         details = fine.new_zeros(len(fine), 3, half * half).index_copy(2, self.inner, fine[:, 3 * n :].view(-1, 3, n))
@@ -700,12 +702,6 @@ class CoverTransformer(nn.Module):
         half = self.mean.shape[-1]
         values = torch.cat([luma, colour], dim=1).view(len(luma), 3, -1)
         return values.new_zeros(len(values), 3, half * half).index_copy(2, self.inner, values).view(-1, 3, half, half)
-
-    def _mask(self) -> Tensor:
-        half = self.mean.shape[-1]
-        mask = torch.zeros(half * half, dtype=torch.bool, device=self.inner.device)
-        mask[self.inner] = True
-        return mask.view(half, half)
 
 
 def _held(stretched: Tensor) -> Tensor:
