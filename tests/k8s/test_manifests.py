@@ -57,7 +57,7 @@ def _accepted_by_training(text: str, overrides: list[str]) -> None:
     for override in overrides:
         key, _, value = override.partition("=")
         config._assign(raw, key.split("."), config._parse(value))
-    loaded = config.RunConfig.model_validate(config._expand(raw))
+    loaded = config.RunConfig.model_validate(config.expand(raw))
     assert loaded.checkpoints is not None and loaded.checkpoints.startswith("s3://")  # a pod's disk goes with the pod
 
 
