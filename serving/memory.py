@@ -12,17 +12,6 @@ from typing import Final
 
 SECONDS: Final = 20.0
 
-# Of glibc's mallopt, and how many arenas all threads share: with one a thread, each fills with holes of its own.
-_M_ARENA_MAX: Final = -8
-_ARENAS: Final = 2
-
-
-def share_arenas() -> None:
-    """Have threads that begin from now on share a few arenas; does nothing with another C library than glibc."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_ARENA_MAX, _ARENAS)
-
 
 class Trimmer:
     """A thread that returns free memory every few seconds, where the C library can (glibc's ``malloc_trim``)."""

@@ -26,7 +26,7 @@ import click
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mien.errors import MienError, ModelError, ModelIntegrityError
-from serving import app, hardening, memory
+from serving import app, hardening
 from serving.engine import Engine
 from serving.settings import Settings
 
@@ -62,7 +62,6 @@ class MienService:
 
     def __init__(self) -> None:
         hardening.forbid_core_dumps()
-        memory.share_arenas()
         self.engine = Engine(Settings(), metrics.Metrics())
         self.grpc: GrpcDoor | None = None
         FrontDoor.current = app.build(self.engine)
