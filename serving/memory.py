@@ -1,7 +1,7 @@
 """Memory that is free again goes back to the system.
 
 glibc keeps what threads have freed for later use, in an arena a thread; under requests of all sizes the arenas fill
-with holes, and the resident size creeps upwards by megabytes a minute though nothing is held (docs/serving.md).
+with holes, and the resident size creeps upwards (docs/serving.md says what is left of that).
 """
 
 from __future__ import annotations
