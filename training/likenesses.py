@@ -80,8 +80,7 @@ class _Pictures:
 
     def with_faces(self, network: CoverTransformer, likenesses: Tensor) -> Tensor:
         """One likeness float ``[B, K]`` in each picture: float ``[B, 3, S, S]`` in [-1, 1]."""
-        shown = network.paint(self.seen, likenesses)
-        return unstretch(shown + network.left * (self.stretched - shown)).clamp(-1, 1)
+        return network.shown(self.stretched, network.paint(self.seen, likenesses)).clamp(-1, 1)
 
 
 def settle(

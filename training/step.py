@@ -312,10 +312,6 @@ class Trainer:
         made = {"A1": anonymized[: len(images)]}
         if twice:
             made["A2"] = anonymized[len(images) :]
-        source = made["A1"] if o.through_anonymized else made["A1"].detach()
-        if o.save:
-            generator = micro.draws(_SAVING).generator()
-            source = saving.save(source, jpeg_share=o.save_jpeg, rescale_share=o.save_rescale, generator=generator)
         keys = {"R": -codes.first} if self.recovers else {}
         if o.wrong_recovery:
             keys["WR1"] = codes.wrong
@@ -323,8 +319,17 @@ class Trainer:
                 keys["WR2"] = codes.other_wrong
         if not keys:
             return made
+        source = made["A1"] if o.through_anonymized else made["A1"].detach()
+        if o.save:
+            source = self._saved(micro, source)
         recovered = self._run_transformer(source.repeat(len(keys), 1, 1, 1), torch.cat(list(keys.values()))).float()
         return made | dict(zip(keys, recovered.chunk(len(keys)), strict=True))
+
+    def _saved(self, micro: Micro, images: Tensor) -> Tensor:
+        """A micro-batch's images saved and opened again; by the same draws whenever a step asks."""
+        o = self.config.objective
+        generator = micro.draws(_SAVING).generator()
+        return saving.save(images, jpeg_share=o.save_jpeg, rescale_share=o.save_rescale, generator=generator)
 
     def _discriminate(self, micros: list[Micro], made: list[dict[str, Tensor]], figures: _Figures) -> bool:
         """First stage: D learns real from made, F learns to see through A and WR. Whether all of it was finite."""
@@ -483,12 +488,8 @@ class Trainer:
                 distance = self.features.distance(self.features(own), self.features(images))
                 terms["own_perceptual"] = (w.own_perceptual, distance.float().mean())
         if w.steady:
-            o = self.config.objective
             with torch.no_grad():
-                generator = micro.draws(_SAVING).generator()
-                saved = saving.save(
-                    anonymized.detach(), jpeg_share=o.save_jpeg, rescale_share=o.save_rescale, generator=generator
-                )
+                saved = self._saved(micro, anonymized.detach())
             again = network.painted(saved, network.likenesses(micro.codes.first)).float()
             terms["steady"] = (w.steady, F.l1_loss(again, anonymized.detach()))
         return terms

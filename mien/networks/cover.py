@@ -8,7 +8,7 @@ keyed with the code and a number k of the picture,
     T_p x = f(c, p) + O_p,k E (x - m(c))       where x does not show f(c, -p)
             m(c) + E^+ O_-p,k^T (x - f(c, -p))    where it does
 
-m(c) is the mean face of the context, E scales what is hidden down to one or two grey levels, and whether x shows the
+m(c) is the mean face of the context, E scales what is hidden down to a few grey levels, and whether x shows the
 face of -p with something hidden under it is read from a known pattern that is hidden with the face. k lies in clear
 beside it, for who paints f to read: so what is known of some pictures of a password opens no others. Thus
 
@@ -203,8 +203,7 @@ class Likenesses(nn.Module):
 
     def number(self, codes: Tensor) -> Tensor:
         """Which face, int64 ``[B]``."""
-        digits = ((codes > 0).float() @ self.table).long() & 1
-        return (digits << torch.arange(digits.shape[1], device=digits.device)).sum(dim=1)
+        return _as_number(((codes > 0).float() @ self.table).long() & 1)
 
     def forward(self, codes: Tensor) -> Tensor:
         return self.faces[self.number(codes)]
@@ -303,6 +302,7 @@ class CoverTransformer(nn.Module):
     area: Tensor
     outside: Tensor
     within: Tensor
+    face: Tensor
     left: Tensor
     inner: Tensor
     ring: Tensor
@@ -321,6 +321,7 @@ class CoverTransformer(nn.Module):
         self.register_buffer("within", (away < _INNER).float(), persistent=False)
         self.register_buffer("inner", (away < _INNER).reshape(-1).nonzero()[:, 0], persistent=False)
         self.register_buffer("ring", ((away >= _INNER) & (away < 1)).reshape(-1).nonzero()[:, 0], persistent=False)
+        self.register_buffer("face", F.interpolate(self.area[None, None], scale_factor=2.0) > 0, persistent=False)
         self.register_buffer("left", _left_over(away, size)[None, None], persistent=False)
         n, around = len(self.inner), len(self.ring)
         lead, lead_colour = config.leading_luma + config.landmarks, config.leading_colour
@@ -391,8 +392,11 @@ class CoverTransformer(nn.Module):
             with torch.no_grad():
                 stretched = stretch(images.float())
                 seen = self.observe(stretched)
-            shown = self.paint(seen, likeness)
-            return unstretch(shown + self.left * (stretched - shown))
+            return self.shown(stretched, self.paint(seen, likeness))
+
+    def shown(self, stretched: Tensor, painted: Tensor) -> Tensor:
+        """The picture of a painted one that passes over into the real one: float ``[B, 3, S, S]``, not clamped."""
+        return unstretch(painted + self.left * (stretched - painted))
 
     @torch.no_grad()
     def own(self, images: Tensor) -> Tensor:
@@ -464,12 +468,9 @@ class CoverTransformer(nn.Module):
             fine = foretold(low) * self.area
             fine = torch.cat([fine[:, :1] + change[:, None, 3:], fine[:, 1:]], dim=1)
         blocks = torch.cat([low[:, :, None], fine + seen.outside[:, :, 1:]], dim=2)
-        stretched, face = (
-            stretched_of(synthesise_blocks(blocks)),
-            F.interpolate(self.area[None, None], scale_factor=2.0),
-        )
+        stretched = stretched_of(synthesise_blocks(blocks))
         for _ in range(_HELD):
-            stretched = self._led(torch.where(face > 0, _held(stretched), stretched), seen.leading)
+            stretched = self._led(torch.where(self.face, _held(stretched), stretched), seen.leading)
         return stretched
 
     def _led(self, stretched: Tensor, leading: Tensor) -> Tensor:
@@ -547,8 +548,7 @@ class CoverTransformer(nn.Module):
         guessed = torch.cat([guessed[:, :1] + details.view(-1, 1, 3, half, half), guessed[:, 1:]], dim=1)
         blocks = torch.cat([means[:, :, None], torch.where(inner, guessed, whole[:, :, 1:])], dim=2)
         real = stretched_of(synthesise_blocks(blocks))
-        area = F.interpolate(self.area[None, None], scale_factor=2.0) > 0
-        return torch.where(area, real, stretched), found
+        return torch.where(self.face, real, stretched), found
 
     def secrets(self, stretched: Tensor, seen: Seen) -> tuple[Tensor, Tensor]:
         """What is hidden of a picture, robust and fine, each divided by :meth:`scales`."""
@@ -623,9 +623,7 @@ class CoverTransformer(nn.Module):
 
         So coarse that neighbouring frames of a clip have mostly the same, and what is hidden does not flicker.
         """
-        bits = (seen.leading / self.leading_scale) @ self.coarse > 0
-        out: Tensor = (bits.long() << torch.arange(_NUMBER, device=bits.device)).sum(dim=1)
-        return out
+        return _as_number((seen.leading / self.leading_scale) @ self.coarse > 0)
 
     def signs(self, codes: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
         """Of the robust and of the fine mixing, of each code and number, float ``[B, 3, .]``."""
@@ -646,8 +644,7 @@ class CoverTransformer(nn.Module):
         """Of carriers float ``[B, carriers]``: the mixed secrets, but for a factor, and the number int64 ``[B]``."""
         read = self.scatter.inverse(carried[:, : self.scatter.size], self.scattered)
         count = _NUMBER * self.repeated
-        bits = read[:, :count].view(len(read), _NUMBER, -1).sum(dim=2) > 0
-        number = (bits.long() << torch.arange(_NUMBER, device=bits.device)).sum(dim=1)
+        number = _as_number(read[:, :count].view(len(read), _NUMBER, -1).sum(dim=2) > 0)
         return read[:, count : count + self.mix_robust.size], number
 
     def _worked_out(self) -> _WorkedOut:
@@ -712,3 +709,9 @@ def _folded(stretched: Tensor) -> Tensor:
     size = stretched.abs()
     back = _FOLDED - (size - _FOLDED) * ((_FOLDED - _BRIGHTEST) / (_WHITE - _FOLDED))
     return torch.where(size > _FOLDED, back.clamp_min(_BRIGHTEST) * stretched.sign(), stretched)
+
+
+def _as_number(bits: Tensor) -> Tensor:
+    """Bits ``[B, count]``, the least significant first, as int64 ``[B]``."""
+    out: Tensor = (bits.long() << torch.arange(bits.shape[1], device=bits.device)).sum(dim=1)
+    return out

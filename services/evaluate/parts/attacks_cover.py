@@ -42,12 +42,17 @@ def _network(context: Context, result: Result, *keys: str) -> CoverTransformer |
     return None
 
 
-def _others(context: Context) -> Pixels:
-    """Faces of nobody in the sample."""
+def _others(context: Context, result: Result, key: str) -> Pixels | None:
+    """Faces of nobody in the sample, to make pairs of; None where they are too few, and the result says so."""
     wanted = context.sizes.latent_train
     if context.train_data is not None:
-        return read_shards(context.train_data, "train", wanted).images
-    return context.sample.rest.images[:wanted]
+        known = read_shards(context.train_data, "train", wanted).images
+    else:
+        known = context.sample.rest.images[:wanted]
+    if len(known) >= _FEWEST:
+        return known
+    result.skip(key, f"{len(known)} faces of other people; {_FEWEST} are needed (--train-data)")
+    return None
 
 
 def _all_show(network: CoverTransformer, pictures: Pixels) -> NDArray[np.int64]:
@@ -133,9 +138,8 @@ def known_pairs(context: Context) -> Result:
     network = _network(context, result, key)
     if network is None:
         return result
-    known = _others(context)
-    if len(known) < _FEWEST:
-        result.skip(key, f"{len(known)} faces of other people; {_FEWEST} are needed (--train-data)")
+    known = _others(context, result, key)
+    if known is None:
         return result
     judge = context.headline
     threshold = verification.thresholds(context, judge)[0]
@@ -176,10 +180,10 @@ def chosen_pairs(context: Context) -> Result:
     network = _network(context, result, key)
     if network is None:
         return result
-    known = _others(context)[: 2 * FEW_PAIRS[-1]]
-    if len(known) < _FEWEST:
-        result.skip(key, f"{len(known)} faces of other people; {_FEWEST} are needed (--train-data)")
+    known = _others(context, result, key)
+    if known is None:
         return result
+    known = known[: 2 * FEW_PAIRS[-1]]
     judge = context.headline
     threshold = verification.thresholds(context, judge)[0]
     victims = min(_CHOSEN, len(context.sample.faces))
