@@ -337,6 +337,7 @@ def service(asked: argparse.Namespace, batch: int) -> Iterator[tuple[str, str]]:
                 "MIEN_DEVICE": asked.device,
                 "MIEN_BATCH_SIZE": str(batch),
                 "MIEN_GRPC_PORT": str(grpc_port),
+                "MIEN_MAX_STREAMS": str(max(8, asked.callers)),
                 "MIEN_MODEL_POLL": "0",
                 **{f"MIEN_{name.upper()}": str(value) for name, value in tuning(asked).items()},
                 "BENTOML_HOME": home,

@@ -1,8 +1,8 @@
 """The BentoML service: ``bentoml serve serving.service:MienService``.
 
 BentoML starts, supervises and stops the process; our own ASGI application answers every request. It is put in front of
-BentoML's router as a middleware, because a mounted application would leave ``/readyz``, ``/metrics`` and unknown paths
-to BentoML, whose readiness knows nothing of our model and whose errors have another format.
+BentoML's, because a mounted application would leave ``/readyz``, ``/metrics`` and unknown paths to BentoML, whose
+readiness knows nothing of our model and whose errors have another format.
 """
 
 from __future__ import annotations
@@ -35,7 +35,12 @@ if TYPE_CHECKING:
 
 
 class FrontDoor:
-    """Sends HTTP requests to our application, and everything else (the lifespan) to BentoML."""
+    """Sends HTTP requests to our application, and everything else (the lifespan) to BentoML.
+
+    BentoML puts a middleware behind its own, of which the one with the timeout keeps every request's context until the
+    timeout is over, though answered long ago, and one makes spans that nobody reads. So when the service starts, this
+    one takes the place of the whole stack.
+    """
 
     current: ASGIApp | None = None
 
@@ -46,6 +51,8 @@ class FrontDoor:
         if scope["type"] == "http" and FrontDoor.current is not None:
             await FrontDoor.current(scope, receive, send)
         else:
+            if scope["type"] == "lifespan":
+                scope["app"].middleware_stack = self
             await self._bentoml(scope, receive, send)
 
 

@@ -142,6 +142,9 @@ class OptimizerConfig(Config):
     lr: PositiveFloat = 1e-4
     lr_discriminator: PositiveFloat = 1e-4
     lr_recogniser: PositiveFloat = 1e-5
+    lr_likenesses: NonNegativeFloat = Field(
+        0.0, description="cover: of the faces that codes pick, which keep their strength; 0 leaves them as they are"
+    )
     betas: tuple[float, float] = (0.5, 0.999)
     warmup: NonNegativeInt = Field(0, description="images of linear warm-up")
     cosine: bool = Field(False, description="decay to a tenth along a cosine over the run")
@@ -199,6 +202,12 @@ class RunConfig(Config):
     keep_checkpoints: PositiveInt = Field(2, description="so many of the newest are kept, and the best one")
     export: str | None = Field(None, description="folder for the finished model; None puts it in the run's folder")
     mlflow: str | None = Field(None, description="tracking URI; None logs to the run folder alone")
+
+    @model_validator(mode="after")
+    def _likenesses_are_whole(self) -> Self:
+        if self.optimizer.lr_likenesses and self.strategy != "ddp":
+            raise ValueError("optimizer.lr_likenesses needs strategy ddp: likenesses are kept at their strength as a whole")
+        return self
 
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:

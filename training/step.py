@@ -179,9 +179,7 @@ class Trainer:
         o = config.optimizer
         adam = {"betas": o.betas, "fused": device.type == "cuda"}
         self.optimizers = {
-            "transformer": torch.optim.Adam(
-                [*self.transformer.parameters(), *self.predictor.parameters()], lr=o.lr, **adam
-            ),
+            "transformer": torch.optim.Adam(self._transformers(), lr=o.lr, **adam),
             "discriminators": torch.optim.Adam(self.discriminators.parameters(), lr=o.lr_discriminator, **adam),
         }
         self.learns_recogniser = self.classifies and config.recogniser.trainable
@@ -189,7 +187,7 @@ class Trainer:
             self.optimizers["recogniser"] = torch.optim.Adam(
                 [*self.recogniser.parameters(), *self.head.parameters()], lr=o.lr_recogniser, **adam
             )
-        self._base_rates = {name: opt.param_groups[0]["lr"] for name, opt in self.optimizers.items()}
+        self._base_rates = {n: [group["lr"] for group in opt.param_groups] for n, opt in self.optimizers.items()}
         members = {
             "transformer": {"transformer": self.transformer, "predictor": self.predictor},
             "discriminators": {"discriminators": self.discriminators},
@@ -215,6 +213,17 @@ class Trainer:
         self._run_transformer: Callable[[Tensor, Tensor], Tensor] = self.transformer
         if config.compile:
             self._run_transformer = torch.compile(self.transformer)
+
+    def _transformers(self) -> list[dict[str, Any]]:
+        """What is T's and Q's, in groups of one learning rate each."""
+        rate, network = self.config.optimizer.lr_likenesses, self.transformer
+        everything = [*network.parameters(), *self.predictor.parameters()]
+        if not rate:
+            return [{"params": everything}]
+        if not isinstance(network, networks.CoverTransformer):
+            raise ValueError("optimizer.lr_likenesses is of the cover transformer")
+        faces = network.likenesses.faces.requires_grad_(True)
+        return [{"params": [p for p in everything if p is not faces]}, {"params": [faces], "lr": rate}]
 
     def _modules(self) -> dict[str, nn.Module]:
         return {
@@ -381,11 +390,16 @@ class Trainer:
         """Second stage: T and Q against the updated D and F. Whether it was finite and taken."""
         player = self.players["transformer"]
         self.discriminators.requires_grad_(False)
+        moved = [p.detach() for group in player.optimizer.param_groups[1:] for p in group["params"]]  # likenesses
+        strengths = [faces.norm(dim=1, keepdim=True) for faces in moved]
         player.begin()
         for micro in micros:
             loss = player.backward(partial(self._ask, micro, made, figures, nimg), last=micro is micros[-1])
             figures.add("loss", loss, 1.0)
-        return player.update()
+        taken = player.update()
+        for faces, strength in zip(moved, strengths, strict=True):
+            faces.mul_(strength / faces.norm(dim=1, keepdim=True))
+        return taken
 
     def _ask(self, micro: Micro, made: dict[str, Tensor] | None, figures: _Figures, nimg: int) -> Tensor:
         """Equation 16 on a micro-batch, scaled to its share; makes the images where they are not given."""
@@ -530,8 +544,8 @@ class Trainer:
             progress = min(1.0, nimg / self.config.total_images)
             factor *= 0.55 + 0.45 * torch.cos(torch.tensor(torch.pi * progress)).item()
         for name, optimizer in self.optimizers.items():
-            for group in optimizer.param_groups:
-                group["lr"] = self._base_rates[name] * factor
+            for group, rate in zip(optimizer.param_groups, self._base_rates[name], strict=True):
+                group["lr"] = rate * factor
 
     # -- what it begins with ------------------------------------------------------------------------------------------
 

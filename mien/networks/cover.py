@@ -189,12 +189,12 @@ class Likenesses(nn.Module):
     codes one bit apart never pick the same.
     """
 
-    faces: Tensor
     table: Tensor
 
     def __init__(self, count: int, size: int, *, bits: int, seed: int) -> None:
         super().__init__()
-        self.register_buffer("faces", torch.randn(count, size) * 0.3)
+        # Fitted; training moves them where it is told to.
+        self.faces = nn.Parameter(torch.randn(count, size) * 0.3, requires_grad=False)
         digits = count.bit_length() - 1  # a power of two
         generator = torch.Generator().manual_seed(seed)
         numbers = torch.randint(1, count, (bits,), generator=generator)

@@ -37,7 +37,7 @@ def faces() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def codes() -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(0).integers(0, 2, (5, 64)).astype(bool))
+    return torch.from_numpy(np.random.default_rng(0).integers(0, 2, (5, 128)).astype(bool))
 
 
 def run(model: mien.Model, faces: np.ndarray, codes: torch.Tensor, **how: Any) -> np.ndarray:

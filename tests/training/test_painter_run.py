@@ -99,3 +99,29 @@ def test_a_run_begins_with_a_fit_that_has_no_painter_and_keeps_it_exactly(painti
     kept = found[1]["trainer"]["ema"]
     assert all(torch.equal(kept[k].float(), v) for k, v in fitted.state_dict().items())
     assert kept["painter.stem.weight"].dtype == torch.float16
+
+
+def test_likenesses_move_where_they_are_told_to_and_keep_their_strength(painting: RunConfig) -> None:
+    config = painting.model_copy(update={"optimizer": painting.optimizer.model_copy(update={"lr_likenesses": 0.01})})
+    trainer = Trainer(config, identities=4, device=torch.device("cpu"))
+    assert isinstance(trainer.transformer, CoverTransformer)
+    before = trainer.transformer.likenesses.faces.detach().clone()
+    batch = FaceShards(config.data.shards, "train").decode(np.arange(4))
+    for n in (0, 4):
+        trainer.step(from_uint8(batch.images), torch.from_numpy(batch.identities), nimg=n)
+    faces = trainer.transformer.likenesses.faces
+    moved = (faces - before).norm(dim=1)
+    assert (moved > 0).any()
+    assert torch.allclose(faces.norm(dim=1), before.norm(dim=1), rtol=1e-5)
+    # The average that is exported goes with them.
+    assert isinstance(trainer.ema.network, CoverTransformer)
+    assert not torch.equal(trainer.ema.network.likenesses.faces, before)
+
+
+def test_likenesses_are_of_the_cover_transformer_and_of_whole_processes(painting: RunConfig, tiny: RunConfig) -> None:
+    optimizer = painting.optimizer.model_dump() | {"lr_likenesses": 0.01}
+    other = RunConfig.model_validate(tiny.model_dump() | {"optimizer": optimizer})
+    with pytest.raises(ValueError, match="cover"):
+        Trainer(other, identities=4, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="ddp"):
+        RunConfig.model_validate(painting.model_dump() | {"optimizer": optimizer, "strategy": "zero1"})
