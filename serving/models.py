@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import structlog
 
-from serving import logs
+from serving import logs, memory
 from serving.metrics import Metrics
 from serving.settings import Settings
 
@@ -210,6 +210,7 @@ class Models:
             return False
         before, self.current, self._token = self.current, served, token
         self._settle()
+        memory.set_aside()
         self._metrics.model(served.digest, served.version)
         self._metrics.model_reloads.labels("ok").inc()
         self._log.info(

@@ -206,7 +206,9 @@ class RunConfig(Config):
     @model_validator(mode="after")
     def _likenesses_are_whole(self) -> Self:
         if self.optimizer.lr_likenesses and self.strategy != "ddp":
-            raise ValueError("optimizer.lr_likenesses needs strategy ddp: likenesses are kept at their strength as a whole")
+            raise ValueError(
+                "optimizer.lr_likenesses needs strategy ddp: likenesses are kept at their strength as a whole"
+            )
         return self
 
 

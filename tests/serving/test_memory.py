@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
 
-from serving.memory import Trimmer
+from serving.memory import Trimmer, set_aside
 
 
 def resident() -> int:
@@ -53,3 +55,33 @@ def test_holes_that_a_thread_leaves_go_back_to_the_system() -> None:
     worker.join()
     assert after <= before - 32
     assert not any(thread.name == "mien-memory" for thread in threading.enumerate())
+
+
+class Loop:
+    """Refers to itself, as an exception does that somebody kept."""
+
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_what_refers_to_itself_is_collected_and_what_stays_is_looked_at_no_more() -> None:
+    staying = Loop()
+    set_aside()
+    try:
+        assert gc.get_freeze_count() > 1000
+        assert not any(thing is staying for thing in gc.get_objects())
+        gone = weakref.ref(Loop())
+        assert gone() is not None  # nobody has it, and it is there
+        trimmer = Trimmer(seconds=0.05)
+        trimmer.start()
+        deadline = time.monotonic() + 20
+        while gone() is not None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        trimmer.close()
+        assert gone() is None
+        # A model that has been exchanged is among what was set aside, and goes all the same.
+        old, staying = weakref.ref(staying), Loop()
+        set_aside()
+        assert old() is None
+    finally:
+        gc.unfreeze()
