@@ -52,7 +52,8 @@ class Runner:
         self._device = model.device
         self._precision = precision
         self._format = torch.channels_last if channels_last else torch.contiguous_format
-        self._network: Any = model.network.to(memory_format=self._format)
+        # A network may have chosen for some of its parts already.
+        self._network: Any = model.network.to(memory_format=self._format) if channels_last else model.network
         if compile:
             self._network = torch.compile(self._network, backend=backend, dynamic=False)
         self._padded = compile or cuda_graphs
