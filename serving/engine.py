@@ -24,7 +24,7 @@ from mien import __version__
 from serving import logs
 from serving.batching import Batcher
 from serving.keys import Gate
-from serving.memory import Trimmer
+from serving.memory import Trimmer, one_arena
 from serving.metrics import Metrics
 from serving.models import Models, Served
 from serving.problems import (
@@ -167,6 +167,7 @@ class Engine:
         self.status: Status = "loading"
         self.gate = Gate(settings, self.log)
         self.models = Models(settings, metrics, self.log)
+        one_arena()
         self._memory = Trimmer()
         self._uploading = 0
         self._buffered = 0

@@ -5,7 +5,8 @@ what is new has grown to a quarter of what has been there, and torch alone is hu
 stays is set aside, and what is new is collected every few seconds.
 
 glibc keeps what threads have freed for later use, in an arena a thread; under requests of all sizes the arenas fill
-with holes. They are trimmed then.
+with holes. They are trimmed then. And an arena of a thread is too small for a batch's tensors: each would be new pages
+of the system's, a tenth of a pass of the network. So there is one arena, in which they have room.
 """
 
 from __future__ import annotations
@@ -16,6 +17,18 @@ import threading
 from typing import Final
 
 SECONDS: Final = 20.0
+
+# mallopt(3): which parameter, and its value. Blocks of up to 32 MiB (the most there may be) come from the arena, and
+# what is free at its end stays until it is trimmed.
+_PARAMETERS: Final = {-8: 1, -3: 32 << 20, -1: 2**31 - 1}  # M_ARENA_MAX, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+
+
+def one_arena() -> None:
+    """Let all threads that begin after this share an arena; nothing where the C library is not glibc."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter, value in _PARAMETERS.items():
+            mallopt(parameter, value)
 
 
 def set_aside() -> None:

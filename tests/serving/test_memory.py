@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -85,3 +87,28 @@ def test_what_refers_to_itself_is_collected_and_what_stays_is_looked_at_no_more(
         assert old() is None
     finally:
         gc.unfreeze()
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+def test_large_tensors_of_a_thread_are_not_new_pages_each_time() -> None:
+    """In a process of its own: the parameters are the process's."""
+    code = """
+import resource, threading, torch
+from serving.memory import one_arena
+one_arena()
+def work():
+    def faults():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for n in range(4):
+        before = faults()
+        held = [torch.ones(4 << 20) for _ in range(4)]  # 16 MiB each
+        del held
+        last = faults() - before
+    print(last)
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+"""
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1000  # 64 MiB are 16,384 pages
